@@ -1,0 +1,212 @@
+"""Transformer: the LLaMA architecture over a clip's tokens, with an action added to the slot of the frame it leads to.
+
+B batch, L positions, D embed_dim, H query heads, K key/value heads, d head_dim, F future frames, A action size.
+The names of the submodules are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ivideogpt.config import TransformerConfig
+from ivideogpt.layout import IGNORE_INDEX
+
+
+class Cache(Protocol):
+    """Key/value cache as the transformer sees it (``ivideogpt.rollout.cache.KVCache`` is one)."""
+
+    def update(self, layer: int, input_pos: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores keys and values (B, K, L, d) of positions ``input_pos`` (L,); returns those of 0..max(input_pos)."""
+
+
+@dataclass
+class TransformerOutput:
+    """Attributes: logits (B, L, vocab_size), hidden (B, L, D) after the final norm."""
+
+    logits: Tensor
+    hidden: Tensor
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of ``logits`` (B, L, V) against ``labels`` (B, L) shifted by one, -100 left out; float32."""
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
+    )
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 whatever the input (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of ``x`` (B, heads, L, d): feature i turns with feature i + d/2 (Su et al., 2021)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention with rotary positions."""
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int, dropout: float, bias: bool
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.dropout = dropout
+        self.grouped = num_heads != num_kv_heads
+        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, input_pos: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, L, d)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        mask = None
+        if cache is not None:
+            assert input_pos is not None
+            k, v = cache.update(layer, input_pos, k, v)
+            if 1 < q.shape[2] < k.shape[2]:
+                mask = torch.arange(k.shape[2], device=x.device) <= input_pos[:, None]
+        out = F.scaled_dot_product_attention(
+            q, k, v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=q.shape[2] == k.shape[2] and q.shape[2] > 1,
+            enable_gqa=self.grouped,
+        )  # fmt: skip
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer (Shazeer, 2020)."""
+
+    def __init__(self, embed_dim: int, mlp_dim: int, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(embed_dim, mlp_dim, bias=bias)
+        self.up_proj = nn.Linear(embed_dim, mlp_dim, bias=bias)
+        self.down_proj = nn.Linear(mlp_dim, embed_dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward layer."""
+
+    def __init__(self, attention: Attention, mlp: SwiGLU, embed_dim: int, norm_eps: float) -> None:
+        super().__init__()
+        self.self_attn = attention
+        self.mlp = mlp
+        self.input_layernorm = RMSNorm(embed_dim, norm_eps)
+        self.post_attention_layernorm = RMSNorm(embed_dim, norm_eps)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, input_pos: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, layer, input_pos, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer over tokens, with an action layer where ``config.action_dim`` is set."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, heads, kv_heads, head_dim = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        assert kv_heads is not None and head_dim is not None
+        self.embed_tokens = nn.Embedding(config.vocab_size, dim)
+        self.layers = nn.ModuleList(
+            Block(
+                Attention(dim, heads, kv_heads, head_dim, config.attention_dropout, config.attention_bias),
+                SwiGLU(dim, config.mlp_dim, config.mlp_bias),
+                dim,
+                config.norm_eps,
+            )
+            for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(dim, config.norm_eps)
+        self.lm_head = nn.Linear(dim, config.vocab_size, bias=False)
+        self.action_linear = nn.Linear(config.action_dim, dim) if config.action_dim is not None else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh weights: normal for matrices, zero for biases and for the whole action layer."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if self.action_linear is not None:
+            nn.init.zeros_(self.action_linear.weight)
+
+    def rope(self, input_pos: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (L, d) of positions (L,), computed in float32 and then cast."""
+        dim, device = self.config.head_dim, input_pos.device
+        exponent = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
+        angles = input_pos.float()[:, None] * (1.0 / self.config.rope_base**exponent)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings (B, L, D) of ``tokens`` (B, L)."""
+        return self.embed_tokens(tokens)
+
+    def embed_actions(self, actions: Tensor) -> Tensor:
+        """What ``actions`` (..., A) add to the embedding of the slots they lead to, (..., D)."""
+        if self.action_linear is None:
+            raise ValueError("this transformer has no action layer (action_dim is None), but actions were given")
+        return self.action_linear(actions.to(self.action_linear.weight.dtype))
+
+    def backbone(self, embeddings: Tensor, input_pos: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Final normed hidden states (B, L, D) of ``embeddings`` (B, L, D).
+
+        Args:
+            embeddings: (B, L, D).
+            input_pos: positions (L,), 0..L-1 if None.
+            cache: where keys and values of earlier positions are found and those of these are stored.
+        """
+        if input_pos is None:
+            input_pos = torch.arange(embeddings.shape[1], device=embeddings.device)
+        x, rope = embeddings, self.rope(input_pos, embeddings.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rope, index, input_pos, cache)
+        return self.norm(x)
+
+    def forward(
+        self, tokens: Tensor, slot_actions: Tensor | None = None, slot_positions: Tensor | None = None
+    ) -> TransformerOutput:
+        """Logits and hidden states of ``tokens`` (B, L), teacher-forced.
+
+        Args:
+            tokens: (B, L).
+            slot_actions: (B, F, A), the actions that lead to the future frames.
+            slot_positions: (F,), where their slots stand (``TokenLayout.slot_positions``).
+        """
+        embeddings = self.embed(tokens)
+        if slot_actions is not None:
+            assert slot_positions is not None
+            embeddings = embeddings.index_add(1, slot_positions, self.embed_actions(slot_actions).to(embeddings.dtype))
+        hidden = self.backbone(embeddings)
+        return TransformerOutput(self.lm_head(hidden), hidden)
