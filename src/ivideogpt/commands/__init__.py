@@ -1,0 +1,1 @@
+"""The commands of `ivideogpt`, one file each: `add_parser(subparsers)` and the function that it runs."""
