@@ -1,0 +1,207 @@
+"""Tests of the command line: quick help, one-line errors, and what `lightning` hands to whom."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ivideogpt import cli
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"} | extra
+
+
+def run(*words: str, script: str = "main", **extra: str) -> subprocess.CompletedProcess[str]:
+    """Runs `ivideogpt` (or `lightning`) as its console script does."""
+    code = f"import sys; from ivideogpt.cli import {script}; sys.exit({script}())"
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, env=environment(**extra), capture_output=True, text=True, timeout=120, check=False)
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    return err
+
+
+def call(*words: str) -> int:
+    """`main`, whose argument errors leave through SystemExit as argparse's do."""
+    try:
+        return cli.main(list(words))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+# Help and version
+
+
+def test_help_lists_every_command_without_importing_torch() -> None:
+    code = (
+        "import sys; from ivideogpt.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: print('HEAVY', sorted({'torch', 'numpy', 'lightning', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "HEAVY []" in done.stdout
+    assert all(f"    {name}" in done.stdout for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(command, "--help") == 0
+    assert f"usage: ivideogpt {command}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"ivideogpt {cli.version()}\n"
+
+
+def test_no_words_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call() == 0
+    assert "usage: ivideogpt" in capsys.readouterr().out
+
+
+# A user's mistakes: one line, exit code 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prdict"], "no command 'prdict'; did you mean 'predict'?"),
+        (["fly"], "no command 'fly'; choose from run, predict"),
+        (["run"], "the following arguments are required: RECIPE"),
+        (["run", "no/such.yaml"], "no/such.yaml"),
+        (["run", "no/such.yaml", "max_steps"], "'max_steps' is not KEY=VALUE"),
+        (["run", "no/such.yaml", "--fast"], "unknown argument --fast"),
+        (["zoo", "show", "no-such-model"], "no-such-model"),
+        (["push", "no/such/folder", "user/name"], "no/such/folder"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*words) == 2
+    assert message in error_line(capsys)
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="did you mean 'predict'"):
+        cli.main(["prdict", "--debug"])
+
+
+def test_messages_are_folded_into_one_line() -> None:
+    assert cli.one_line(ValueError("first\n  second")) == "first second"
+    assert (
+        cli.one_line(FileNotFoundError(2, "No such file or directory", "a.npz")) == "a.npz: No such file or directory"
+    )
+    assert cli.one_line(ValueError()) == "ValueError"
+
+
+# run
+
+
+def test_overrides_may_stand_behind_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ivideogpt import recipes
+
+    calls = []
+    monkeypatch.setattr(recipes, "run", lambda *words, **options: calls.append((words, options)))
+    assert call("run", "r.yaml", "a=1", "--print-config", "b.c=-2", "--trust") == 0
+    assert calls == [(("r.yaml", ["a=1", "b.c=-2"]), {"trust": True, "print_config": True})]
+    assert cli.lightning_main(["run", "r.yaml", "a=1"]) == 0
+    assert calls[1] == (("r.yaml", ["a=1"]), {"trust": False, "print_config": False})
+
+
+# lightning
+
+
+@pytest.mark.parametrize(
+    ("words", "target"),
+    [
+        (["r.yaml", "a=1"], "r.yaml"),
+        (["--print-config", "r.yaml"], "r.yaml"),
+        (["--accelerator", "cpu", "--devices=2", "x.py", "r.yaml"], "x.py"),
+        (["job", "--command", "python x.py"], "job"),
+        (["--help"], None),
+    ],
+)
+def test_the_word_that_decides(words: list[str], target: str | None) -> None:
+    assert cli.script_or_recipe(words) == target
+
+
+def test_fabric_options_are_those_of_the_installed_launcher() -> None:
+    import click
+    from lightning.fabric.cli import _main
+
+    assert isinstance(_main, click.Group)
+    options = {name for one in _main.commands["run"].params if isinstance(one, click.Option) for name in one.opts}
+    assert options <= cli.FABRIC_OPTIONS
+
+
+def test_scripts_go_to_fabric(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\nfrom lightning.fabric import Fabric\n"
+        "fabric = Fabric()\n"
+        "print('RAN', sys.argv[1:], os.environ['LT_ACCELERATOR'], os.environ['LT_DEVICES'], fabric.world_size)\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = run("run", "--accelerator", "cpu", f"--main-port={port}", str(script), "--lr", "1", script="lightning_main")
+    assert "RAN ['--lr', '1'] cpu 1 1" in done.stdout, done.stderr
+    assert done.returncode == 0
+
+
+def test_a_missing_script_is_fabrics_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", list(sys.argv))  # the hand-over replaces it
+    with pytest.raises(SystemExit) as stop:
+        cli.lightning_main(["run", "no_such.py"])
+    assert stop.value.code == 2
+    assert "no_such.py" in capsys.readouterr().err
+
+
+def test_other_words_without_lightning_sdk(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.lightning_main(["login"]) == 2
+    assert "'login' belongs to lightning_sdk, which is not installed" in error_line(capsys)
+    assert cli.lightning_main(["run", "job"]) == 2  # a recipe's name that does not exist
+    assert "job" in error_line(capsys)
+    assert cli.lightning_main([]) == 0
+    assert "lightning run RECIPE.yaml" in capsys.readouterr().out
+
+
+@pytest.fixture
+def lightning_sdk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installs a distribution with lightning_sdk's names, as pip would lay it out."""
+    package = tmp_path / "lightning_sdk"
+    (package / "cli").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "cli" / "__init__.py").touch()
+    (package / "cli" / "entrypoint.py").write_text(
+        "import sys\ndef main_cli():\n    print('SDK', sys.argv)\n    sys.exit(7)\n"
+    )
+    info = tmp_path / "lightning_sdk-2026.1.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lightning-sdk\nVersion: 2026.1.1\n")
+    (info / "entry_points.txt").write_text("[console_scripts]\nlightning = lightning_sdk.cli.entrypoint:main_cli\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", list(sys.argv))  # the hand-over replaces it
+
+
+@pytest.mark.usefixtures("lightning_sdk")
+@pytest.mark.parametrize("words", [["login"], [], ["--help"], ["run", "job", "--name", "x"], ["cp", "a.yaml", "b"]])
+def test_other_words_go_to_lightning_sdk(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.lightning_main(words)
+    assert stop.value.code == 7
+    assert capsys.readouterr().out == f"SDK {['lightning', *words]}\n"
