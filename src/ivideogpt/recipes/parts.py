@@ -1,0 +1,157 @@
+"""Model parts of a recipe's modules: fresh from a configuration, or from an earlier stage, the zoo, a folder.
+
+A module's argument of type tokenizer, transformer, reward head or world model is written as one of
+
+    {preset: nano, context_length: 2}     fresh weights: a preset, fields of its configuration changed
+    {num_layers: 2, embed_dim: 64, ...}   fresh weights: fields of the configuration alone
+    {from: tokenizer}                     of an earlier stage of the recipe
+    {from: ivideogpt-metaworld-nano}      of a zoo name, a Hub id or a folder
+
+``from`` takes revision, context_length and action_dim beside it, as ``ivideogpt.from_pretrained`` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ivideogpt.config import RewardHeadConfig, TokenizerConfig, TransformerConfig
+from ivideogpt.models.reward_head import RewardHead
+from ivideogpt.models.tokenizer import CompressiveTokenizer
+from ivideogpt.models.transformer import Transformer
+from ivideogpt.recipes.classes import arguments, leaves
+from ivideogpt.recipes.reading import Node, nearest
+from ivideogpt.recipes.results import load_tokenizer
+from ivideogpt.world_model import WorldModel
+from ivideogpt.zoo.checkpoint import Parts, load_parts
+
+KINDS: dict[type, str] = {
+    CompressiveTokenizer: "tokenizer",
+    Transformer: "transformer",
+    RewardHead: "reward_head",
+    WorldModel: "world_model",
+}
+SOURCE_KEYS = ("from", "revision", "context_length", "action_dim")
+_CONFIGS: dict[str, Any] = {
+    "tokenizer": TokenizerConfig,
+    "transformer": TransformerConfig,
+    "reward_head": RewardHeadConfig,
+}
+
+
+def part_arguments(cls: type) -> dict[str, str]:
+    """Arguments of the module class ``cls`` that are model parts, in the order of building: {argument: kind}."""
+    found = {}
+    for name, hint in arguments(cls)[0].items():
+        kinds = [KINDS[leaf] for leaf in leaves(hint) if isinstance(leaf, type) and leaf in KINDS]
+        if kinds:
+            found[name] = kinds[0]
+    order = list(KINDS.values())
+    return dict(sorted(found.items(), key=lambda item: order.index(item[1])))
+
+
+def check_part(kind: str, spec: Any, where: str) -> None:
+    """Checks the keys of a part's ``spec``.
+
+    Raises:
+        ValueError: naming the unknown key's nearest.
+    """
+    if not isinstance(spec, dict):
+        raise ValueError(f"{where}: a {kind} is a mapping such as {{preset: nano}} or {{from: STAGE}}, got {spec!r}")
+    if "from" in spec:
+        known: tuple[str, ...] = SOURCE_KEYS
+        if not isinstance(spec["from"], str) or not spec["from"]:
+            raise ValueError(f"{where}.from must name a stage, a zoo name or a folder, got {spec['from']!r}")
+    elif kind == "world_model":
+        raise ValueError(f"{where}: a world model comes from somewhere: {{from: STAGE, zoo name or folder}}, got {spec!r}")
+    else:
+        known = tuple(field.name for field in dataclasses.fields(_CONFIGS[kind]))
+        known = known if kind == "reward_head" else ("preset", *known)
+    for key in spec:
+        if key not in known:
+            source = " of {from: ...}" if "from" in spec else ""
+            raise ValueError(f"{where}: unknown key {key!r}{source}; {nearest(str(key), known)}")
+
+
+class PartBuilder:
+    """Builds the parts of one stage's module.
+
+    Args:
+        folders: folders of the earlier stages by name.
+
+    Attributes:
+        loaded: the loaded world models that parts were taken from, whose side file and fields are carried on.
+    """
+
+    def __init__(self, folders: Mapping[str, Path]) -> None:
+        self.folders = folders
+        self.loaded: dict[str, Parts] = {}
+        self._built: dict[str, nn.Module] = {}
+
+    def build(self, kind: str, spec: Node, where: str) -> Any:
+        """The module for a checked ``spec``; a fresh transformer or reward head takes its sizes from what was built.
+
+        Raises:
+            ValueError: if the configuration or the source does not fit.
+        """
+        if "from" in spec:
+            part = self._load(kind, spec, where)
+        else:
+            part = self._fresh(kind, dict(spec), where)
+        self._built[kind] = part
+        return part
+
+    def _fresh(self, kind: str, fields: Node, where: str) -> nn.Module:
+        tokenizer, transformer = self._built.get("tokenizer"), self._built.get("transformer")
+        if kind == "transformer" and isinstance(tokenizer, CompressiveTokenizer):
+            fields.setdefault("vocab_size", tokenizer.config.vocab_size)
+        if kind == "reward_head" and isinstance(transformer, Transformer):
+            fields.setdefault("embed_dim", transformer.config.embed_dim)
+        config_class = _CONFIGS[kind]
+        preset = fields.pop("preset", None)
+        try:
+            config = config_class(**fields) if preset is None else config_class.preset(preset, **fields)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
+        return {"tokenizer": CompressiveTokenizer, "transformer": Transformer, "reward_head": RewardHead}[kind](config)
+
+    def _load(self, kind: str, spec: Node, where: str) -> Any:
+        folder = source_folder(spec, self.folders, where)
+        if kind == "tokenizer":
+            tokenizer = load_tokenizer(folder)
+            if spec.get("context_length") is not None:
+                tokenizer.set_context_length(spec["context_length"])
+            return tokenizer
+        if not (folder / "transformer").is_dir():
+            raise ValueError(f"{where}: {spec['from']!r} ({folder}) holds a tokenizer only, not a {kind}")
+        parts = load_parts(folder, context_length=spec.get("context_length"), action_dim=spec.get("action_dim"))
+        self.loaded[kind] = parts
+        if kind == "world_model":
+            return WorldModel.from_parts(parts.tokenizer, parts.transformer, parts.reward_head, parts.extras)
+        if kind == "reward_head" and parts.reward_head is None:
+            raise ValueError(f"{where}: {spec['from']!r} ({folder}) has no reward head; leave `from` out for a fresh one")
+        return getattr(parts, kind)
+
+
+def source_folder(spec: Node, folders: Mapping[str, Path], where: str) -> Path:
+    """Folder that a ``from`` means: an earlier stage, else a zoo name, Hub id or folder.
+
+    Raises:
+        ValueError: if there is no such thing, naming the stages.
+    """
+    name = spec["from"]
+    if name in folders:
+        if spec.get("revision") is not None:
+            raise ValueError(f"{where}: a stage has no revision, got {spec['revision']!r}")
+        return folders[name]
+    from ivideogpt.zoo.hub import resolve
+
+    try:
+        return Path(resolve(name, spec.get("revision")))
+    except (ValueError, OSError) as error:
+        stages = f"earlier stages are {', '.join(folders)}" if folders else "there is no earlier stage"
+        raise ValueError(f"{where}.from: {error} ({stages})") from error

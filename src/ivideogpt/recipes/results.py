@@ -1,0 +1,125 @@
+"""What a stage leaves behind: weights in the published layout, their fingerprint, and the stage's record.
+
+OUTPUT/recipe.yaml              the resolved recipe
+OUTPUT/STAGE/stage.json         the record: state, settings, inputs, time; a finished stage is skipped by it
+OUTPUT/STAGE/tokenizer/, transformer/, ivideogpt.json, recipe.yaml   the weights
+OUTPUT/STAGE/checkpoints/, metrics.csv, tensorboard/, strips/        the training's own
+OUTPUT/model/                   the last world model of the recipe
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ivideogpt.models.tokenizer import CompressiveTokenizer
+from ivideogpt.zoo import published
+from ivideogpt.zoo.checkpoint import TOKENIZER_CONFIG, TOKENIZER_WEIGHTS
+from ivideogpt.zoo.folder import finish_interrupted_save, replacing_files
+from ivideogpt.zoo.side_file import SIDE_FILE, read_side_file, side_file_text
+from ivideogpt.zoo.tensors import build_on_meta, check_header, read_header, read_tensors, write_tensors
+
+RECORD = "stage.json"
+
+
+def save_tokenizer(folder: Path, tokenizer: CompressiveTokenizer, extras: dict[str, Any], recipe: str) -> None:
+    """Writes a tokenizer alone, in the layout that a whole world model has, so that it can be loaded from there.
+
+    Raises:
+        OSError: if something cannot be written; the old files are then whole.
+    """
+    with replacing_files(folder) as staging:
+        (staging / "tokenizer").mkdir()
+        write_tensors(tokenizer.state_dict(), staging / TOKENIZER_WEIGHTS, {}, None)
+        fields = published.tokenizer_fields(tokenizer.config, None)
+        (staging / TOKENIZER_CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        dropout = tokenizer.config.attention_dropout
+        (staging / SIDE_FILE).write_text(
+            side_file_text({**extras, "tokenizer_attention_dropout": dropout}), encoding="utf-8"
+        )
+        (staging / "recipe.yaml").write_text(recipe, encoding="utf-8")
+
+
+def load_tokenizer(folder: Path) -> CompressiveTokenizer:
+    """Tokenizer in ``folder``, be it one that was saved alone or a whole world model.
+
+    Raises:
+        ValueError: if a file is missing or not what it should be.
+    """
+    finish_interrupted_save(folder)
+    for name in (TOKENIZER_CONFIG, TOKENIZER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no tokenizer: there is no {name}")
+    dropout = read_side_file(folder).get("tokenizer_attention_dropout", 0.1)
+    fields = published.read_json(folder / TOKENIZER_CONFIG)
+    config = published.tokenizer_config(fields, folder / TOKENIZER_CONFIG, dropout)
+    header = read_header(folder / TOKENIZER_WEIGHTS)
+    tokenizer = build_on_meta(lambda: CompressiveTokenizer(config), folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tokenizer.state_dict().items()}
+    check_header(header, shapes, folder / TOKENIZER_CONFIG)
+    tokenizer.load_state_dict(read_tensors(header, "cpu", None), assign=True)
+    return tokenizer
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of the weights and configurations in ``folder``."""
+    digest = hashlib.sha256()
+    for part in ("tokenizer", "transformer"):
+        for path in sorted((folder / part).glob("*")):
+            digest.update(f"{part}/{path.name}\n".encode())
+            with open(path, "rb") as file:
+                while chunk := file.read(2**20):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Record of the stage in ``folder``; None where it never began.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    path = folder / RECORD
+    return published.read_json(path) if path.is_file() else None
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Replaces the record of the stage in ``folder``, as one."""
+    write_text(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file as one; what dies in the middle leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+    """Lines that say where two settings differ: ``trainer.max_steps: 100 -> 200``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from differences(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{where}.{key}" if where else key)
+    elif old != new:
+        yield f"{where}: {_show(old)} -> {_show(new)}"
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+_ABSENT = _Absent()
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 70 else f"{text[:67]}..."

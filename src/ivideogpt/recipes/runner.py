@@ -1,0 +1,131 @@
+"""Finds, resolves and runs recipes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ivideogpt.recipes.reading import Node, dump_yaml, nearest, read_file, resolve
+
+
+def recipes_folder() -> Path:
+    """Folder of the recipes that belong to the package: inside it when installed, beside it in a checkout.
+
+    Raises:
+        FileNotFoundError: if the installation is incomplete.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "_recipes", package.parents[1] / "recipes"):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"the package's recipes are neither in {package / '_recipes'} nor beside the sources")
+
+
+def find(path_or_name: str | os.PathLike[str]) -> Path:
+    """File of a recipe, given by its path or by the name of one that belongs to the package.
+
+    Raises:
+        ValueError: if there is none, naming the nearest.
+    """
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    text = os.fspath(path_or_name)
+    names = {recipe.stem: recipe for recipe in recipes_folder().glob("*.yaml")}
+    if text in names:
+        return names[text]
+    if path.suffix in (".yaml", ".yml") and path.stem in names and not path.parent.exists():
+        raise ValueError(f"there is no file {text}; the package has a recipe named {path.stem!r}")
+    if path.is_dir():
+        raise ValueError(f"{text} is a folder, a recipe is a YAML file")
+    raise ValueError(f"there is no recipe {text!r}, neither as a file nor in the package; {nearest(path.stem, names)}")
+
+
+def load(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = (), trust: bool = False) -> Node:
+    """The resolved and checked recipe; nothing is built or run.
+
+    Raises:
+        ValueError: naming what is wrong, where, and the nearest right one.
+    """
+    recipe = resolve(read_file(find(path_or_name)), overrides)
+    from ivideogpt.recipes.stage import check_stage  # takes seconds, which a mistyped key need not wait for
+
+    recipe["stages"] = {
+        name: check_stage(stage, f"stages.{name}", trust) for name, stage in recipe["stages"].items()
+    }
+    return recipe
+
+
+def run(
+    path_or_name: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    trust: bool = False,
+    print_config: bool = False,
+) -> Path | None:
+    """Runs a recipe's stages one after another; finished ones are skipped, an interrupted one is resumed.
+
+    Args:
+        path_or_name: a YAML file, or the name of a recipe of the package.
+        overrides: ``key=value``, dotted; they replace any value, such as ``stages.tokenizer.trainer.max_steps=100``.
+            ``stages.`` and ``init_args`` may be left out.
+        trust: allow classes from anywhere, which can run any code.
+        print_config: print the resolved recipe and do nothing.
+
+    Returns:
+        The output folder, None with ``print_config``.
+
+    Raises:
+        ValueError: if the recipe, an override or an earlier result does not fit.
+        OSError: if something cannot be read or written.
+    """
+    recipe = load(path_or_name, overrides, trust)
+    text = dump_yaml(recipe)
+    if print_config:
+        print(text, end="")
+        return None
+    from rich.console import Console
+
+    from ivideogpt.recipes.results import write_text
+    from ivideogpt.recipes.stage import Stage, compose_model
+
+    console = Console()
+    output = Path(recipe["output"])
+    folders: dict[str, Path] = {}
+    with _only_run(output) as first:
+        if first:
+            write_text(output / "recipe.yaml", text)
+        for name, config in recipe["stages"].items():
+            stage = Stage(
+                name=name, config=config, folder=output / name, seed=recipe["seed"], earlier=dict(folders),
+                on_change=recipe["on_change"], recipe_name=recipe["name"], recipe_text=text,
+            )  # fmt: skip
+            stage.run(console)
+            folders[name] = stage.folder
+            if first and (stage.folder / "transformer").is_dir():
+                compose_model(stage.folder, output)
+    return output
+
+
+@contextlib.contextmanager
+def _only_run(output: Path) -> Iterator[bool]:
+    """Keeps a second run out of ``output``; True in the process that writes (not in a distributed run's others).
+
+    Raises:
+        ValueError: if another run is using it.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) or int(os.environ.get("RANK", "0")):
+        yield False
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / ".lock", "w", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # no such lock on Windows
+        except OSError as error:
+            raise ValueError(f"another run is using {output}; wait for it, or give another output=FOLDER") from error
+        yield True

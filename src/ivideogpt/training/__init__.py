@@ -1,0 +1,9 @@
+"""Training tasks: Lightning modules that are given built models, with their losses, optimizer, logs and callbacks."""
+
+from __future__ import annotations
+
+from ivideogpt.training.reward_module import RewardModule
+from ivideogpt.training.tokenizer_module import TokenizerModule
+from ivideogpt.training.transformer_module import TransformerModule
+
+__all__ = ["RewardModule", "TokenizerModule", "TransformerModule"]

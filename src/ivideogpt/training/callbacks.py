@@ -1,0 +1,163 @@
+"""Callbacks: seeded updates, rollout strips, codebook usage and throughput."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from ivideogpt.drawing import save_gif, save_png, strip
+from ivideogpt.training.codebook import codebook_usage
+
+
+class SeededUpdates(Callback):
+    """Seeds all random generators before each update from (seed, rank, update, micro-batch).
+
+    Dropout is then a function of the update and not of the history, so a resumed run equals one that never stopped.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seeds Python, numpy and torch."""
+        micro_batch = batch_idx % trainer.accumulate_grad_batches
+        entropy = (self.seed, trainer.global_rank, trainer.global_step, micro_batch)
+        words = np.random.SeedSequence(entropy).generate_state(2)
+        random.seed(int(words[0]))
+        np.random.seed(int(words[0]))
+        torch.manual_seed((int(words[0]) << 32) | int(words[1]))
+
+
+class RolloutStrips(Callback):
+    """Draws truth | prediction | error of held-out clips at each validation, as PNG and GIF and to TensorBoard.
+
+    A tokenizer's prediction is its reconstruction, a transformer's an autoregressive rollout.
+
+    Args:
+        num_clips: clips that are drawn, from the first validation batch on.
+        keep: newest validations whose files stay.
+    """
+
+    def __init__(self, num_clips: int = 4, keep: int = 5) -> None:
+        if num_clips < 1 or keep < 1:
+            raise ValueError(f"num_clips and keep must be positive, got {num_clips!r}, {keep!r}")
+        self.num_clips = num_clips
+        self.keep = keep
+        self._batch: dict[str, Any] | None = None
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Remembers the clips."""
+        if batch_idx == 0 and dataloader_idx == 0 and trainer.is_global_zero:
+            self._batch = {name: value[: self.num_clips] for name, value in batch.items()}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws them."""
+        if self._batch is None or trainer.sanity_checking:
+            return
+        batch, self._batch = self._batch, None
+        with torch.no_grad():
+            prediction = pl_module.imagine(batch)  # type: ignore[operator]
+        folder = Path(trainer.default_root_dir) / "strips"
+        folder.mkdir(parents=True, exist_ok=True)
+        truth, prediction = to_uint8(batch["video"]), to_uint8(prediction)
+        stem = f"update-{trainer.global_step:06d}"
+        context_length = pl_module.tokenizer.context_length  # type: ignore[union-attr]
+        picture = strip(truth, prediction, context_length)
+        save_png(folder / f"{stem}.png", picture)
+        save_gif(folder / f"{stem}.gif", truth, prediction, context_length)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("val/strips", picture, trainer.global_step, dataformats="HWC")
+        for old in sorted(folder.glob("update-*.png"))[: -self.keep]:
+            old.unlink(missing_ok=True)
+            old.with_suffix(".gif").unlink(missing_ok=True)
+
+
+def to_uint8(video: Tensor) -> np.ndarray:
+    """Video (B, T, C, H, W) in [0, 1] as uint8 (B, T, H, W, C)."""
+    return (video.float().clamp(0, 1) * 255).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
+
+
+class CodebookUsage(Callback):
+    """Logs perplexity and used fraction of both codebooks over the validation clips."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, Tensor] = {}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets the last validation."""
+        self._counts = {}
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Counts the choices of a batch."""
+        if not isinstance(outputs, Mapping):
+            return
+        config = pl_module.tokenizer.config  # type: ignore[union-attr]
+        sizes = {"context": config.codebook_size, "dynamics": config.dynamics_codebook_size}
+        for name, size in sizes.items():
+            counts = torch.bincount(outputs[f"{name}_indices"].flatten(), minlength=size)
+            self._counts[name] = self._counts.get(name, 0) + counts
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs."""
+        for name in ("context", "dynamics"):
+            if name not in self._counts:
+                return
+            counts = trainer.strategy.reduce(self._counts[name], reduce_op="sum")
+            assert isinstance(counts, Tensor)
+            perplexity, used = codebook_usage(counts)
+            pl_module.log_dict({f"val/{name}_perplexity": perplexity, f"val/{name}_used": used}, rank_zero_only=True)
+
+
+class Throughput(Callback):
+    """Logs frames and tokens a second (all processes together), waiting for data included, validations left out."""
+
+    def __init__(self) -> None:
+        self._updates = -1
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start, self._frames, self._tokens = time.monotonic(), 0, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._restart()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock anew."""
+        self._restart()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts, and logs where the trainer logs."""
+        clips, frames = batch["video"].shape[:2]
+        layout = pl_module.tokenizer.layout  # type: ignore[union-attr]
+        self._frames += clips * frames * trainer.world_size
+        self._tokens += clips * layout.sequence_length(frames) * trainer.world_size
+        if trainer.global_step % trainer.log_every_n_steps == 0 and self._updates < trainer.global_step:
+            self._updates = trainer.global_step
+            seconds = max(time.monotonic() - self._start, 1e-9)
+            pl_module.log_dict(
+                {"train/frames_per_second": self._frames / seconds, "train/tokens_per_second": self._tokens / seconds}
+            )
+            self._restart()

@@ -1,0 +1,132 @@
+"""Training checkpoints that survive a kill and a full disk: written whole or not at all, read without pickle."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+PATTERN = re.compile(r"update-(\d+)\.ckpt")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes to a file beside the target, syncs it and renames it over the target; loads tensors and plain data only.
+
+    Lightning's own plugin writes through a temporary file too, but does not sync, and its temporary file may lie on
+    another file system, where the last step is a copy.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Saves ``checkpoint``; on failure the file that was there before stays whole.
+
+        Raises:
+            OSError: naming the file, when it cannot be written.
+        """
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+            _sync_folder(target.parent)
+        except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
+            partial.unlink(missing_ok=True)
+            raise OSError(f"cannot write the checkpoint {target}: {error}. Earlier checkpoints are whole") from error
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Callable[..., Any] | None = lambda storage, location: storage,
+        weights_only: bool | None = True,
+    ) -> dict[str, Any]:
+        """Loads ``path``; no pickled code is ever run."""
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoint_files(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:
+    """Checkpoints in ``folder`` with the number of updates they were saved after, newest first."""
+    found = [(PATTERN.fullmatch(path.name), path) for path in Path(folder).glob("*.ckpt")]
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def latest_checkpoint(folder: str | os.PathLike[str]) -> tuple[int, Path] | None:
+    """Newest checkpoint in ``folder`` that loads, and its number of updates; None if there is none.
+
+    One that does not load is skipped with a warning.
+    """
+    for update, path in checkpoint_files(folder):
+        try:
+            state = AtomicCheckpointIO().load_checkpoint(path)
+            if not {"state_dict", "global_step", "loops"} <= state.keys():
+                raise ValueError(f"it holds {sorted(state)} only")
+        except Exception as error:  # a damaged archive fails in many ways
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            warnings.warn(f"skipping the checkpoint {path}, which does not load: {reason}", stacklevel=2)
+            continue
+        return update, path
+    return None
+
+
+class Checkpoints(Checkpoint):
+    """Saves the training state every ``every_n_updates`` updates and at the end of the training.
+
+    Args:
+        every_n_updates: distance of two checkpoints; what a kill can cost.
+        keep: newest checkpoints that stay; two at least make sure that one is good.
+        folder: where they go; ``checkpoints`` in the trainer's root folder if None.
+    """
+
+    def __init__(self, every_n_updates: int = 500, keep: int = 2, folder: str | None = None) -> None:
+        if every_n_updates < 1 or keep < 1:
+            raise ValueError(f"every_n_updates and keep must be positive, got {every_n_updates!r}, {keep!r}")
+        self.every_n_updates = every_n_updates
+        self.keep = keep
+        self.folder = folder
+        self._last = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes what a resumed run has already saved."""
+        self._last = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves where it is time to."""
+        if trainer.global_step % self.every_n_updates == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the final state."""
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        update = trainer.global_step
+        if update == self._last:
+            return
+        folder = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
+        trainer.save_checkpoint(folder / f"update-{update:06d}.ckpt")
+        self._last = update
+        if trainer.is_global_zero:
+            for _, path in checkpoint_files(folder)[self.keep :]:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,117 @@
+"""TrainingModule: what the training tasks share - optimizer, schedule, gradient clip, frozen parts, finite losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ivideogpt.training.optim import Schedule, adamw, scheduler
+
+
+class NonFiniteLossError(ValueError):
+    """A training loss is NaN or infinite."""
+
+
+class TrainingModule(LightningModule):
+    """Base of the training tasks.
+
+    Args:
+        learning_rate: peak learning rate.
+        schedule: ``"cosine"`` down to 0 at the last update, or ``"constant"``.
+        warmup_updates: updates of linear warm-up.
+        weight_decay: decay of matrices and kernels.
+        betas: AdamW's.
+        gradient_clip: largest gradient norm; None does not clip. It stands here and not with the trainer, because
+            the trainer refuses to clip where there is a discriminator.
+    """
+
+    def __init__(
+        self,
+        learning_rate: float,
+        schedule: Schedule,
+        warmup_updates: int,
+        weight_decay: float,
+        betas: tuple[float, float],
+        gradient_clip: float | None,
+    ) -> None:
+        super().__init__()
+        if learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, got {learning_rate!r}")
+        if warmup_updates < 0:
+            raise ValueError(f"warmup_updates must not be negative, got {warmup_updates!r}")
+        self.learning_rate = learning_rate
+        self.schedule: Schedule = schedule
+        self.warmup_updates = warmup_updates
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.gradient_clip = gradient_clip
+        self._frozen: list[str] = []
+
+    def freeze_part(self, name: str) -> None:
+        """Freezes the submodule ``name``: no gradients, always in eval mode, not in the checkpoints."""
+        part = self.get_submodule(name)
+        part.requires_grad_(False)
+        part.eval()
+        self._frozen.append(name)
+
+    def trained_parts(self) -> list[nn.Module]:
+        """Submodules that the optimizer trains."""
+        return [part for name, part in self.named_children() if name not in self._frozen]
+
+    def train(self, mode: bool = True) -> TrainingModule:
+        """Switches to training mode, frozen parts left out."""
+        super().train(mode)
+        for name in self._frozen:
+            self.get_submodule(name).eval()
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """State of everything but the frozen parts, which never change."""
+        state = super().state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if not self._is_frozen(key)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads what :meth:`state_dict` gave; strict, the frozen parts staying as they are."""
+        frozen = {key: value for key, value in super().state_dict().items() if self._is_frozen(key)}
+        return super().load_state_dict({**state_dict, **frozen}, strict=strict, assign=assign)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with its schedule over the trainer's number of updates."""
+        optimizer = adamw(self.trained_parts(), self.learning_rate, self.weight_decay, self.betas)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule_of(optimizer), "interval": "step"}}
+
+    def schedule_of(self, optimizer: Optimizer) -> Any:
+        """Learning-rate schedule of ``optimizer`` over the trainer's number of updates."""
+        return scheduler(optimizer, int(self.trainer.estimated_stepping_batches), self.warmup_updates, self.schedule)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the gradient norm to ``gradient_clip``, or as the trainer says where that is set."""
+        if gradient_clip_val is None and self.gradient_clip is not None:
+            gradient_clip_val, gradient_clip_algorithm = self.gradient_clip, "norm"
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def check_finite(self, loss: Tensor, batch: Mapping[str, Any]) -> None:
+        """Stops the training at a loss that is not finite, before it spoils the weights.
+
+        Raises:
+            NonFiniteLossError: naming the update and the clips of the batch.
+        """
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"train/loss is {loss.item()} at update {self.global_step}, in the batch of clips "
+                f"{list(batch.get('key', ['(no keys)']))}. The last checkpoint is kept. A lower learning_rate, a longer "
+                f"warm-up or float32 (trainer.precision=32-true) usually helps"
+            )
+
+    def _is_frozen(self, key: str) -> bool:
+        return any(key.startswith(f"{name}.") for name in self._frozen)

@@ -1,0 +1,65 @@
+"""Optimizer parts of the training modules: weight-decay groups by module type and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+Schedule = Literal["cosine", "constant"]
+
+DECAYED = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+"""Modules whose ``weight`` is a matrix or kernel, and so decays; everything else (embeddings, codebooks, norms,
+position tables, biases) does not."""
+
+
+def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+    """Splits the trainable parameters of ``modules`` into a decayed and an undecayed group, by module type.
+
+    Raises:
+        ValueError: if nothing is trainable.
+    """
+    modules = list(modules)
+    decayed: dict[int, nn.Parameter] = {}
+    undecayed: dict[int, nn.Parameter] = {}
+    for root in modules:
+        for module in root.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    decays = isinstance(module, DECAYED) and name == "weight"
+                    (decayed if decays else undecayed)[id(parameter)] = parameter
+    expected = {id(p) for root in modules for p in root.parameters() if p.requires_grad}
+    both = decayed.keys() & undecayed.keys()
+    assert not both, f"{len(both)} parameters stand in both weight-decay groups (shared by modules of different types)"
+    assert decayed.keys() | undecayed.keys() == expected, "the weight-decay groups do not cover the parameters"
+    if not expected:
+        raise ValueError("nothing to train: every parameter is frozen; take a name out of `freeze`")
+    groups = [
+        {"params": list(decayed.values()), "weight_decay": weight_decay, "name": "decay"},
+        {"params": list(undecayed.values()), "weight_decay": 0.0, "name": "no_decay"},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate_factor(update: int, total: int, warmup: int, schedule: Schedule) -> float:
+    """Multiplier of the learning rate at ``update`` (from 0): linear warm-up, then a cosine down to 0, or constant."""
+    if update < warmup:
+        return (update + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    progress = min((update - warmup) / max(total - warmup, 1), 1.0)
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def scheduler(optimizer: Optimizer, total: int, warmup: int, schedule: Schedule) -> LambdaLR:
+    """Learning-rate schedule over ``total`` updates of which ``warmup`` rise linearly."""
+    return LambdaLR(optimizer, lambda update: learning_rate_factor(update, total, warmup, schedule))
+
+
+def adamw(modules: Iterable[nn.Module], learning_rate: float, weight_decay: float, betas: tuple[float, float]) -> AdamW:
+    """AdamW over the trainable parameters of ``modules``."""
+    return AdamW(parameter_groups(modules, weight_decay), lr=learning_rate, betas=betas)

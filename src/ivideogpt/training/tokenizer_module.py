@@ -1,0 +1,219 @@
+"""TokenizerModule: trains a compressive tokenizer to reconstruct clips (arXiv 2405.15223, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ivideogpt.models.discriminator import PatchDiscriminator
+from ivideogpt.models.tokenizer import CompressiveTokenizer, TokenizerOutput
+from ivideogpt.training.codebook import CodebookRestart
+from ivideogpt.training.losses import ReconstructionLoss, adaptive_weight, discriminator_loss, generator_loss, psnr
+from ivideogpt.training.module import TrainingModule
+from ivideogpt.training.optim import Schedule, adamw
+from ivideogpt.training.perceptual import LPIPS
+
+
+class TokenizerModule(TrainingModule):
+    """Tokenizer training: reconstruction of future and of context frames, commitment, and an optional discriminator.
+
+    loss = rec(future) + rec(context) + both commitment losses [+ discriminator_weight * adaptive * generator loss],
+    rec = l1_weight L1 + mse_weight MSE + perceptual_weight LPIPS(VGG).
+
+    Args:
+        tokenizer: the model; its ``context_length`` says how many frames of a clip are context.
+        learning_rate: peak learning rate (5e-4 in the published recipes).
+        schedule: ``"constant"`` or ``"cosine"``.
+        warmup_updates: updates of linear warm-up.
+        weight_decay: decay of matrices and kernels.
+        betas: AdamW's.
+        gradient_clip: largest gradient norm.
+        l1_weight: weight of the mean absolute error.
+        mse_weight: weight of the mean squared error.
+        perceptual_weight: weight of LPIPS; 0 does without, and then nothing is downloaded.
+        commitment_weight: weight of both commitment losses.
+        discriminator: critic of the frames; with one, optimization is manual and half of the work is the critic's.
+        discriminator_start: update at which the critic begins to count.
+        discriminator_weight: factor of the adaptive weight of the generator loss.
+        discriminator_learning_rate: that of the critic; ``learning_rate`` if None.
+        codebook_restart: re-seeds codebook entries unused for this many updates; None (as published) never does.
+    """
+
+    def __init__(
+        self,
+        tokenizer: CompressiveTokenizer,
+        learning_rate: float = 5e-4,
+        schedule: Schedule = "constant",
+        warmup_updates: int = 0,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        gradient_clip: float | None = 1.0,
+        l1_weight: float = 1.0,
+        mse_weight: float = 0.0,
+        perceptual_weight: float = 1.0,
+        commitment_weight: float = 1.0,
+        discriminator: PatchDiscriminator | None = None,
+        discriminator_start: int = 0,
+        discriminator_weight: float = 0.8,
+        discriminator_learning_rate: float | None = None,
+        codebook_restart: int | None = None,
+    ) -> None:
+        super().__init__(learning_rate, schedule, warmup_updates, weight_decay, betas, gradient_clip)
+        self.tokenizer = tokenizer
+        self.reconstruction = ReconstructionLoss(l1_weight, mse_weight, perceptual_weight)
+        self.commitment_weight = commitment_weight
+        self.discriminator = discriminator
+        self.discriminator_start = discriminator_start
+        self.discriminator_weight = discriminator_weight
+        self.discriminator_learning_rate = discriminator_learning_rate or learning_rate
+        self.automatic_optimization = discriminator is None
+        self.restarts: nn.ModuleList | None = None
+        if codebook_restart is not None:
+            config = tokenizer.config
+            sizes = (config.codebook_size, config.dynamics_codebook_size)
+            self.restarts = nn.ModuleList(CodebookRestart(size, codebook_restart) for size in sizes)
+        self._choices: list[tuple[Tensor, Tensor]] | None = None
+        self._restarted = (0.0, 0.0)
+
+    def trained_parts(self) -> list[nn.Module]:
+        """The tokenizer; the discriminator has an optimizer of its own."""
+        return [self.tokenizer]
+
+    def configure_model(self) -> None:
+        """Loads the perceptual network, which is the only thing here that may need the network."""
+        if self.reconstruction.perceptual_weight and not hasattr(self, "perceptual"):
+            self.perceptual = LPIPS.pretrained()
+            self.freeze_part("perceptual")
+
+    def split(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Context and future frames of ``video`` (B, T, C, H, W).
+
+        Raises:
+            ValueError: if the clip has no future frame.
+        """
+        context_length = self.tokenizer.context_length
+        if video.shape[1] <= context_length:
+            raise ValueError(
+                f"a clip of {video.shape[1]} frames has no future frame after {context_length} context frames: "
+                f"raise the data's segment_length"
+            )
+        return video[:, :context_length], video[:, context_length:]
+
+    def losses(self, output: TokenizerOutput, context: Tensor, future: Tensor) -> dict[str, Tensor]:
+        """Named loss terms, ``loss`` their weighted sum (without the adversarial one)."""
+        perceptual = getattr(self, "perceptual", None)
+        future_terms = self.reconstruction(output.future_reconstruction, future, perceptual)
+        context_terms = self.reconstruction(output.context_reconstruction, context, perceptual)
+        terms = {f"future_{name}": value for name, value in future_terms.items() if name != "total"}
+        terms |= {f"context_{name}": value for name, value in context_terms.items() if name != "total"}
+        terms["commitment"] = output.commitment_loss
+        terms["dynamics_commitment"] = output.dynamics_commitment_loss
+        terms["reconstruction"] = future_terms["total"] + context_terms["total"]
+        commitment = output.commitment_loss + output.dynamics_commitment_loss
+        terms["loss"] = terms["reconstruction"] + self.commitment_weight * commitment
+        return terms
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
+        """One update of the tokenizer, and of the discriminator where there is one."""
+        context, future = self.split(batch["video"])
+        output = self.tokenizer(context, future)
+        terms = self.losses(output, context, future)
+        if self.restarts is not None:
+            self._choices = [
+                (output.context_latents.detach(), output.context_indices),
+                (output.dynamics_latents.detach(), output.dynamics_indices),
+            ]
+        if self.automatic_optimization:
+            self.check_finite(terms["loss"], batch)
+        else:
+            terms |= self._adversarial_update(terms, output, context, future, batch)
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items() if name != "loss"})
+        self.log("train/loss", terms["loss"].detach(), prog_bar=True)
+        return terms["loss"] if self.automatic_optimization else None
+
+    def _adversarial_update(
+        self, terms: dict[str, Tensor], output: TokenizerOutput, context: Tensor, future: Tensor, batch: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        assert self.discriminator is not None
+        optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc, attr-defined]
+        active = self.global_step >= self.discriminator_start
+        extra: dict[str, Tensor] = {"loss": terms["loss"]}
+        real = torch.cat([context, future], dim=1).flatten(0, 1)
+        fake = torch.cat([output.context_reconstruction, output.future_reconstruction], dim=1).flatten(0, 1)
+        if active:
+            self.discriminator.requires_grad_(False)
+            adversarial = generator_loss(self.discriminator(fake))
+            last_layers = (self.tokenizer.decoder.conv_out.weight, self.tokenizer.cond_decoder.conv_out.weight)
+            weight = self.discriminator_weight * adaptive_weight(terms["reconstruction"], adversarial, last_layers)
+            self.discriminator.requires_grad_(True)
+            extra |= {"generator": adversarial, "adversarial_weight": weight}
+            extra["loss"] = terms["loss"] + weight * adversarial
+        self.check_finite(extra["loss"], batch)
+        optimizer.zero_grad()
+        self.manual_backward(extra["loss"])
+        self.configure_gradient_clipping(optimizer)
+        optimizer.step()
+        self._restart_codebooks(optimizer)
+        for schedule in self.lr_schedulers():  # type: ignore[union-attr]
+            schedule.step()
+        if active:
+            critic = discriminator_loss(self.discriminator(real), self.discriminator(fake.detach()))
+            self.check_finite(critic, batch)
+            critic_optimizer.zero_grad()
+            self.manual_backward(critic)
+            self.configure_gradient_clipping(critic_optimizer)
+            # stepped below Lightning's wrapper, which would count it as one more update
+            critic_optimizer.optimizer.step()
+            extra["discriminator"] = critic
+        return extra
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Updates the weights, then re-seeds idle codebook entries (before any checkpoint of this update)."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._restart_codebooks(optimizer)
+
+    def _restart_codebooks(self, optimizer: Any) -> None:
+        if self.restarts is None or self._choices is None:
+            return
+        quantizers = (self.tokenizer.quantize, self.tokenizer.dynamics_quantize)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # below Lightning's wrapper
+        counts = [
+            restart(quantizer, *choices, optimizer)
+            for restart, quantizer, choices in zip(self.restarts, quantizers, self._choices, strict=True)
+        ]
+        self._restarted = (float(counts[0]), float(counts[1]))
+        self._choices = None
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        """Logs the number of re-seeded codebook entries."""
+        if self.restarts is not None:
+            self.log_dict({"train/restarted": self._restarted[0], "train/dynamics_restarted": self._restarted[1]})
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Reconstruction of held-out clips; returns the indices that they chose."""
+        context, future = self.split(batch["video"])
+        output = self.tokenizer(context, future)
+        terms = self.losses(output, context, future)
+        logs = {f"val/{name}": value for name, value in terms.items()}
+        logs["val/psnr"] = psnr(output.future_reconstruction, future).mean()
+        logs["val/context_psnr"] = psnr(output.context_reconstruction, context).mean()
+        self.log_dict(logs, batch_size=len(context), sync_dist=True)
+        return {"context_indices": output.context_indices, "dynamics_indices": output.dynamics_indices}
+
+    def imagine(self, batch: dict[str, Any]) -> Tensor:
+        """What the model makes of the clips in ``batch``, (B, T, C, H, W) in [0, 1]: their reconstruction."""
+        output = self.tokenizer(*self.split(batch["video"]))
+        return torch.cat([output.context_reconstruction, output.future_reconstruction], dim=1).float().clamp(0, 1)
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer, and one for the discriminator where there is one."""
+        if self.discriminator is None:
+            return super().configure_optimizers()
+        optimizer = adamw([self.tokenizer], self.learning_rate, self.weight_decay, self.betas)
+        critic = adamw([self.discriminator], self.discriminator_learning_rate, 0.0, self.betas)
+        return [optimizer, critic], [self.schedule_of(optimizer), self.schedule_of(critic)]

@@ -1,0 +1,222 @@
+"""TransformerModule: trains a transformer, and a reward head with it, on the tokens of a frozen tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import PearsonCorrCoef
+
+from ivideogpt.models.reward_head import RewardHead
+from ivideogpt.models.tokenizer import CompressiveTokenizer
+from ivideogpt.models.transformer import Transformer, next_token_loss
+from ivideogpt.rollout.engine import rollout
+from ivideogpt.training.module import TrainingModule
+from ivideogpt.training.optim import Schedule
+
+
+@dataclass
+class TeacherForced:
+    """Teacher-forced predictions for a clip with F future frames.
+
+    Attributes:
+        logits: (B, S, V) of the S positions from the first dynamics slot on, the only ones that have labels.
+        labels: (B, S), not shifted.
+        reward_hidden: (B, F, D), hidden states at the reward positions.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    reward_hidden: Tensor
+
+
+class TransformerModule(TrainingModule):
+    """Next-token training of the transformer; jointly, symlog-reward regression by the reward head.
+
+    loss = next_token_loss + reward_weight * MSE(reward head, transformed reward).
+
+    Args:
+        transformer: the model that is trained.
+        tokenizer: frozen; its ``context_length`` says how many frames of a clip are context.
+        reward_head: trained jointly where there is one; the batches then need rewards.
+        learning_rate: peak learning rate.
+        schedule: ``"cosine"`` or ``"constant"``.
+        warmup_updates: updates of linear warm-up.
+        weight_decay: decay of matrices (not of embeddings, norms, biases).
+        betas: AdamW's.
+        gradient_clip: largest gradient norm.
+        reward_weight: weight of the reward loss.
+        freeze: names of parts that stay as they are, of ``"transformer"``, ``"reward_head"`` and submodules of them
+            such as ``"transformer.embed_tokens"``.
+        action_mean: subtracted from the actions (A,); 0 if None.
+        action_std: what the actions are divided by (A,); 1 if None.
+    """
+
+    action_mean: Tensor
+    action_std: Tensor
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        tokenizer: CompressiveTokenizer,
+        reward_head: RewardHead | None = None,
+        learning_rate: float = 1e-4,
+        schedule: Schedule = "cosine",
+        warmup_updates: int = 5000,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        gradient_clip: float | None = 1.0,
+        reward_weight: float = 1.0,
+        freeze: Sequence[str] = (),
+        action_mean: Sequence[float] | None = None,
+        action_std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(learning_rate, schedule, warmup_updates, weight_decay, betas, gradient_clip)
+        if tokenizer.config.vocab_size != transformer.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.config.vocab_size} token ids (slots included) and the transformer a "
+                f"vocabulary of {transformer.config.vocab_size}: they do not belong together"
+            )
+        self.transformer = transformer
+        self.tokenizer = tokenizer
+        self.reward_head = reward_head
+        self.reward_weight = reward_weight
+        self.layout = tokenizer.layout
+        self.freeze_part("tokenizer")
+        for name in freeze:
+            self._freeze_by_name(name)
+        width = transformer.config.action_dim or 1
+        self.register_buffer("action_mean", _row(action_mean, 0.0, width, "action_mean"), persistent=False)
+        self.register_buffer("action_std", _row(action_std, 1.0, width, "action_std"), persistent=False)
+        if (self.action_std <= 0).any():
+            raise ValueError(f"action_std must be positive, got {action_std!r}")
+        self.reward_correlation = PearsonCorrCoef()
+
+    def _freeze_by_name(self, name: str) -> None:
+        top = name.partition(".")[0]
+        if top not in ("transformer", "reward_head") or getattr(self, top) is None:
+            raise ValueError(f"freeze: {name!r} is no part of the transformer or the reward head")
+        try:
+            self.freeze_part(name)
+        except AttributeError:
+            children = sorted(f"{top}.{child}" for child, _ in getattr(self, top).named_children())
+            raise ValueError(f"freeze: there is no {name!r}; parts are {[top, *children]}") from None
+
+    @torch.no_grad()
+    def tokenize(self, video: Tensor) -> Tensor:
+        """Tokens (B, L) of ``video`` (B, T, C, H, W) by the frozen tokenizer.
+
+        Raises:
+            ValueError: if the clip is longer than the transformer's positions.
+        """
+        length = self.layout.sequence_length(video.shape[1])
+        positions = self.transformer.config.max_positions
+        if length > positions:
+            raise ValueError(
+                f"a clip of {video.shape[1]} frames takes {length} positions, the transformer has {positions}: lower "
+                f"the data's segment_length or raise max_positions"
+            )
+        return self.tokenizer.tokenize(video)[0]
+
+    def predict_clip(self, batch: dict[str, Any]) -> TeacherForced:
+        """Teacher-forced forward of the clips in ``batch``; logits only where there are labels.
+
+        Raises:
+            ValueError: if the transformer takes actions and the batch has none, or of another width.
+        """
+        layout, transformer = self.layout, self.transformer
+        tokens = self.tokenize(batch["video"])
+        future = layout.num_frames(tokens.shape[1]) - layout.context_length
+        embeddings = transformer.embed(tokens)
+        if transformer.config.action_dim is not None:
+            actions = batch.get("actions")
+            if actions is None or actions.shape[-1] != transformer.config.action_dim:
+                found = "none" if actions is None else f"{actions.shape[-1]} of them"
+                raise ValueError(
+                    f"the transformer takes {transformer.config.action_dim} action values a frame, the batch has {found}"
+                )
+            added = transformer.embed_actions(layout.slot_actions(self.normalize_actions(actions), future))
+            positions = layout.slot_positions(future, tokens.device)
+            embeddings = embeddings.index_add(1, positions, added.to(embeddings.dtype))
+        hidden = transformer.backbone(embeddings)
+        start = layout.prompt_length - 1  # the first dynamics slot predicts the first label
+        return TeacherForced(
+            logits=transformer.lm_head(hidden[:, start:]),
+            labels=layout.labels(tokens)[:, start:],
+            reward_hidden=hidden[:, layout.reward_positions(future, tokens.device)],
+        )
+
+    def reward_loss(self, predicted: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Mean squared error of transformed rewards ``predicted`` (B, F).
+
+        Raises:
+            ValueError: if the batch has no rewards.
+        """
+        assert self.reward_head is not None
+        if "rewards" not in batch:
+            raise ValueError("a reward head is trained, but the data have no rewards: leave reward_head out")
+        target = self.reward_head.transform(self.layout.future_rewards(batch["rewards"]))
+        return F.mse_loss(predicted.float(), target.float())
+
+    def losses(self, out: TeacherForced, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Named loss terms, ``loss`` their weighted sum."""
+        terms = {"token_loss": next_token_loss(out.logits, out.labels)}
+        terms["loss"] = terms["token_loss"]
+        if self.reward_head is not None:
+            terms["reward_loss"] = self.reward_loss(self.reward_head(out.reward_hidden), batch)
+            terms["loss"] = terms["loss"] + self.reward_weight * terms["reward_loss"]
+        return terms
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """One update."""
+        terms = self.losses(self.predict_clip(batch), batch)
+        self.check_finite(terms["loss"], batch)
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items() if name != "loss"})
+        self.log("train/loss", terms["loss"].detach(), prog_bar=True)
+        return terms["loss"]
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Teacher-forced metrics of held-out clips."""
+        out = self.predict_clip(batch)
+        logs = {f"val/{name}": value for name, value in self.losses(out, batch).items()}
+        logs["val/token_accuracy"] = (out.logits[:, :-1].argmax(-1) == out.labels[:, 1:]).float().mean()
+        self.log_dict(logs, batch_size=len(out.logits), sync_dist=True)
+        if self.reward_head is not None:
+            rewards = self.layout.future_rewards(batch["rewards"]).float()
+            self.reward_correlation(self.reward_head.predict(out.reward_hidden).flatten(), rewards.flatten())
+            self.log("val/reward_correlation", self.reward_correlation, on_step=False, on_epoch=True)
+
+    def imagine(self, batch: dict[str, Any], temperature: float = 1.0, top_k: int | None = 100) -> Tensor:
+        """Rollouts of the clips in ``batch`` from their context, (B, T, C, H, W) in [0, 1]; the same seed each time."""
+        video, actions = batch["video"], None
+        if self.transformer.config.action_dim is not None:
+            actions = self.normalize_actions(batch["actions"])
+        context_length = self.layout.context_length
+        generator = torch.Generator(video.device).manual_seed(0)
+        return rollout(
+            self.tokenizer,
+            self.transformer,
+            None,
+            video[:, :context_length],
+            actions,
+            horizon=video.shape[1] - context_length,
+            temperature=temperature,
+            top_k=top_k,
+            generator=generator,
+        ).video
+
+    def normalize_actions(self, actions: Tensor) -> Tensor:
+        """Recorded ``actions`` (B, T, A) as the transformer gets them."""
+        return (actions - self.action_mean) / self.action_std
+
+
+def _row(values: Sequence[float] | None, default: float, width: int, name: str) -> Tensor:
+    if values is None:
+        return torch.full((width,), default)
+    if len(values) != width:
+        raise ValueError(f"{name} must have {width} values, one per action dimension, got {len(values)}")
+    return torch.tensor(list(values), dtype=torch.float32)
