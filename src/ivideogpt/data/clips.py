@@ -1,0 +1,209 @@
+"""Clips by number: a map-style dataset, the samplers that split it over ranks, and the collation into batches.
+
+Clip number p of training is a pure function of (seed, p): the mixture gives the episode, a generator seeded with both
+gives start frame, selection and order. So it does not matter which rank or worker makes it, nor whether the run was
+interrupted before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from ivideogpt.data.codec import CorruptRecord, Record
+from ivideogpt.data.mixtures import Mixture
+from ivideogpt.data.reader import ShardSet
+from ivideogpt.data.segments import clip_indices, even_starts, frame_stride, gather_rows
+from ivideogpt.data.transforms import fit_uint8
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipSettings:
+    """How a clip is cut out of an episode; see `segments.clip_indices`.
+
+    `stride=None` takes the stride that brings each episode to `target_rate` Hz.
+    """
+
+    segment_length: int
+    resolution: int
+    stride: int | None = 1
+    target_rate: float = 3.0
+    horizon: int | None = None
+    shuffle: bool = False
+    goal: bool = False
+    actions: bool = True
+    rewards: bool = True
+
+    def stride_of(self, fps: float) -> int:
+        """Wanted stride of an episode of `fps` frames a second."""
+        return frame_stride(fps, self.target_rate) if self.stride is None else self.stride
+
+
+def cut_clip(
+    record: Record, settings: ClipSettings, start: int | None, rng: np.random.Generator | None
+) -> dict[str, Tensor]:
+    """Decodes one clip: video uint8 (T, C, H, W) at the wanted resolution, actions (T, A) and rewards (T,) if any."""
+    indices = clip_indices(
+        len(record),
+        settings.segment_length,
+        stride=settings.stride_of(record.header["fps"]),
+        start=start,
+        horizon=settings.horizon,
+        shuffle=settings.shuffle,
+        goal=settings.goal,
+        rng=rng,
+    )
+    video = torch.from_numpy(record.frames(indices)).permute(0, 3, 1, 2)
+    clip = {"video": fit_uint8(video, settings.resolution).contiguous()}
+    for name, wanted in (("actions", settings.actions), ("rewards", settings.rewards)):
+        if wanted and name in record.tensors:
+            clip[name] = torch.from_numpy(gather_rows(record.tensors[name], indices, settings.goal))
+    return clip
+
+
+class _Clips(Dataset[dict[str, Any]]):
+    """What training and validation clips share: reading with the policy about bad records."""
+
+    def __init__(self, mixture: Mixture, settings: ClipSettings) -> None:
+        self.mixture, self.settings = mixture, settings
+        self.skips = torch.zeros(1, dtype=torch.int64).share_memory_()  # counted over all workers
+
+    def read(
+        self, episode: int, start: int | None, rng: Callable[[], np.random.Generator | None]
+    ) -> dict[str, Any] | None:
+        """One clip of an episode; None if its record is bad and the policy is `skip`."""
+        name, index = self.mixture.episodes[episode]
+        shards: ShardSet = self.mixture.sets[name]
+        record = shards.record(index)
+        if record is not None:
+            try:
+                return {"key": shards.key(index)} | cut_clip(record, self.settings, start, rng())
+            except CorruptRecord as error:
+                shards.bad(index, error)
+        self.skips += 1
+        return None
+
+
+class TrainingClips(_Clips):
+    """dataset[p] is training clip number p, for any p >= 0; len() is one pass over the episodes."""
+
+    def __init__(self, mixture: Mixture, settings: ClipSettings, seed: int) -> None:
+        super().__init__(mixture, settings)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.mixture)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        first = self.mixture.draw(self.seed, position)
+        for step in range(len(self.mixture)):  # a bad episode is replaced by the next good one
+            episode = (first + step) % len(self.mixture)
+            clip = self.read(episode, None, lambda: np.random.default_rng([self.seed, position, 3]))
+            if clip is not None:
+                return clip | {"clip": position}
+        raise RuntimeError("every episode of the training set is bad")
+
+
+class FixedClips(_Clips):
+    """The clips of a validation set: `clips_per_episode` of every episode, at fixed places, in a fixed order."""
+
+    def __init__(self, mixture: Mixture, settings: ClipSettings, clips_per_episode: int = 1) -> None:
+        super().__init__(mixture, settings)
+        window = settings.horizon or settings.segment_length - settings.goal
+        self.places: list[tuple[int, int]] = []
+        for episode, (name, index) in enumerate(mixture.episodes):
+            entry = mixture.sets[name].entries[index]
+            stride = settings.stride_of(entry["fps"])
+            starts = even_starts(entry["frames"], window, stride, clips_per_episode)
+            self.places.extend((episode, start) for start in starts)
+
+    def drop_bad(self) -> None:
+        """Decodes every clip once and drops the bad ones, so that the set stays exact under the policy `skip`."""
+        self.places = [place for i, place in enumerate(self.places) if self._get(i) is not None]
+        if not self.places:
+            raise ValueError("every clip of the validation set is bad")
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def _get(self, position: int) -> dict[str, Any] | None:
+        episode, start = self.places[position]
+        # Selection and order, where wanted, are drawn from the place, so that they too are fixed.
+        return self.read(episode, start, lambda: np.random.default_rng([episode, start, 4]))
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        clip = self._get(position)
+        if clip is None:
+            raise RuntimeError(f"validation clip {position} went bad after the set was checked")
+        return clip | {"clip": position}
+
+
+class PositionSampler(DistributedSampler):
+    """Numbers of the training clips of one rank, from a position on.
+
+    The global batch that begins at position p holds the clips p .. p + batch_size * num_replicas - 1, of which rank r
+    gets batch_size from p + r * batch_size on. It is a DistributedSampler so that Lightning leaves it in place.
+
+    Args:
+        dataset: The training clips.
+        position: Called when an iteration starts; first clip number not yet trained on.
+        batch_size: Clips of a rank's batch.
+        epoch_batches: Batches that make an epoch for the trainer.
+        num_replicas: Ranks.
+        rank: This rank.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        position: Callable[[], int],
+        batch_size: int,
+        epoch_batches: int,
+        num_replicas: int,
+        rank: int,
+    ) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self.position, self.batch_size, self.epoch_batches = position, batch_size, epoch_batches
+
+    def __iter__(self) -> Iterator[int]:
+        position, step = self.position(), self.batch_size * self.num_replicas
+        done = (position // step) % self.epoch_batches  # an epoch that was interrupted is finished, not repeated
+        for batch in range(self.epoch_batches - done):
+            first = position + batch * step + self.rank * self.batch_size
+            yield from range(first, first + self.batch_size)
+
+    def __len__(self) -> int:
+        return self.epoch_batches * self.batch_size
+
+
+class ExactSampler(DistributedSampler):
+    """Every clip of a fixed set exactly once over all ranks: rank r gets r, r + num_replicas, ...
+
+    The ranks' counts may differ by one; torch's own sampler would repeat clips to even them out.
+    """
+
+    def __init__(self, dataset: FixedClips, num_replicas: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self.total = len(dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.total, self.num_replicas))
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.total, self.num_replicas))
+
+
+def collate(clips: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks clips into a batch: video (B,T,C,H,W) uint8, actions (B,T,A), rewards (B,T), clip (B,), key list."""
+    batch: dict[str, Any] = {"key": [clip["key"] for clip in clips]}
+    batch["clip"] = torch.tensor([clip["clip"] for clip in clips], dtype=torch.int64)
+    for name in ("video", "actions", "rewards"):
+        if name in clips[0]:
+            batch[name] = torch.stack([clip[name] for clip in clips])
+    return batch

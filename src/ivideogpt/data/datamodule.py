@@ -1,0 +1,294 @@
+"""The Lightning data module: shard sets in, batches of clips out, resumable at the exact clip.
+
+A batch is a dict: `video` float32 (B, T, C, H, W) in [0, 1], `actions` float32 (B, T, A) and `rewards` float32 (B, T)
+where the set has them, `key` (list of B episode keys) and `clip` int64 (B,), the clips' global numbers. Frames travel
+as uint8 and become floats, augmented in training, in `on_after_batch_transfer`, on the device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L  # noqa: N812
+import torch
+from torch.utils.data import DataLoader
+
+from ivideogpt.data.clips import ClipSettings, ExactSampler, FixedClips, PositionSampler, TrainingClips, collate
+from ivideogpt.data.mixtures import Mixture
+from ivideogpt.data.reader import ShardSet
+from ivideogpt.data.transforms import Augmentation, augment, to_float
+
+
+class VideoDataModule(L.LightningDataModule):
+    """Clips from shard sets.
+
+    Args:
+        train: A shard set, several, or weights by shard set. A set is a folder, its manifest.json, or
+            `embedded:train` / `embedded:heldout` for the recordings inside the package.
+        val: Shard set or sets for validation; None holds episodes of `train` out (`holdout_every`).
+        segment_length: Frames of a clip, the context and a goal frame counted.
+        context_length: Context frames of the model; only checked against `segment_length`.
+        resolution: Height and width in pixels; frames of another size are centre-cropped and resized.
+        batch_size: Clips of a batch on each device.
+        val_batch_size: The same in validation; None: as in training.
+        num_workers: Loading processes on each device.
+        seed: Decides the order and content of all training clips.
+        stride: Frames to move on for each frame of the clip; None: to `target_rate` by each episode's frame rate.
+        target_rate: Frames a second to aim at where `stride` is None.
+        horizon: Select the clip's frames at random out of a window of so many; None: consecutive frames.
+        shuffle_frames: Put the frames of a training clip into random order.
+        goal: Put the last frame of each clip in front of it.
+        augment: Augment training clips (random resized crop and colours, one draw a clip).
+        use_actions: Deliver actions where the sets have them.
+        use_rewards: Deliver rewards where the sets have them.
+        holdout_every: With `val=None`, every so many-th episode of `train` is for validation instead; None: no
+            validation.
+        val_segment_length: Frames of a validation clip; None: as in training.
+        val_clips_per_episode: Clips of each validation episode, evenly spaced; 1 starts at frame 0.
+        epoch_batches: Batches that the trainer calls an epoch; None: one pass over the training episodes.
+        policy: `error` or `skip` for bad records.
+        verify: Hash every shard when it is opened.
+
+    Raises:
+        ValueError: Contradicting arguments, or sets that do not go together.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | dict[str, float] = "embedded:train",
+        val: str | list[str] | None = None,
+        segment_length: int = 12,
+        context_length: int = 2,
+        resolution: int = 64,
+        batch_size: int = 16,
+        val_batch_size: int | None = None,
+        num_workers: int = 1,
+        seed: int = 0,
+        stride: int | None = 1,
+        target_rate: float = 3.0,
+        horizon: int | None = None,
+        shuffle_frames: bool = False,
+        goal: bool = False,
+        augment: bool = True,
+        use_actions: bool = True,
+        use_rewards: bool = True,
+        holdout_every: int | None = None,
+        val_segment_length: int | None = None,
+        val_clips_per_episode: int = 1,
+        epoch_batches: int | None = None,
+        policy: str = "error",
+        verify: bool = False,
+    ) -> None:
+        super().__init__()
+        if segment_length <= context_length or context_length < 1:
+            raise ValueError(f"segment_length {segment_length} must exceed context_length {context_length} >= 1")
+        if batch_size < 1 or num_workers < 0 or resolution < 1:
+            raise ValueError(f"batch_size {batch_size}, num_workers {num_workers} or resolution {resolution} is too low")
+        if holdout_every is not None and (holdout_every < 2 or val is not None):
+            raise ValueError(f"holdout_every is {holdout_every}: it needs val=None and at least 2")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        self.train_source, self.val_source, self.holdout_every = train, val, holdout_every
+        self.context_length, self.seed = context_length, seed
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
+        self.num_workers, self.epoch_batches = num_workers, epoch_batches
+        self.val_clips_per_episode = val_clips_per_episode
+        self.policy, self.verify = policy, verify
+        self.augmentation = Augmentation() if augment else None
+        common: dict[str, Any] = dict(
+            resolution=resolution,
+            stride=stride,
+            target_rate=target_rate,
+            horizon=horizon,
+            goal=goal,
+            actions=use_actions,
+            rewards=use_rewards,
+        )
+        self.train_settings = ClipSettings(segment_length, shuffle=shuffle_frames, **common)
+        self.val_settings = ClipSettings(val_segment_length or segment_length, **common)
+        self._mixtures: tuple[Mixture, Mixture | None] | None = None
+        self._train_clips: TrainingClips | None = None
+        self._val_clips: FixedClips | None = None
+        self._start, self._taken = 0, 0  # first clip of this run; batches trained on since
+
+    # --- sets ---
+
+    def mixtures(self) -> tuple[Mixture, Mixture | None]:
+        """The training and validation episodes; opened on first use and checked to go together."""
+        if self._mixtures is None:
+            train = self._open(self.train_source)
+            val = None if self.val_source is None else self._open(self.val_source)
+            if self.holdout_every is not None:
+                chosen = range(self.holdout_every - 1, len(train), self.holdout_every)
+                if not chosen:
+                    raise ValueError(f"holdout_every={self.holdout_every} of {len(train)} episodes leaves none")
+                held = set(chosen)
+                val = Mixture(train.sets, None, [train.episodes[i] for i in chosen])
+                rest = [episode for i, episode in enumerate(train.episodes) if i not in held]
+                train = Mixture(train.sets, train.weights, rest)
+            self._mixtures = train, val
+            self._common("action_dim", "actions", self.train_settings.actions)
+            self._common("has_rewards", "rewards", self.train_settings.rewards)
+        return self._mixtures
+
+    def _open(self, source: str | list[str] | Mapping[str, float]) -> Mixture:
+        names = [source] if isinstance(source, str) else list(source)
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"name one or more different shard sets, got {names}")
+        sets = {name: ShardSet(name, self.policy, self.verify) for name in names}
+        return Mixture(sets, source if isinstance(source, Mapping) else None)
+
+    def _common(self, field: str, what: str, wanted: bool) -> Any:
+        """The value of a manifest field that all episodes share; None where it is not wanted."""
+        if not wanted:
+            return None
+        seen: dict[Any, str] = {}
+        for mixture in self.mixtures():
+            for name, index in mixture.episodes if mixture is not None else ():
+                entry = mixture.sets[name].entries[index]  # type: ignore[union-attr]
+                seen.setdefault(entry[field], f"{entry['key']} of {name}")
+        if len(seen) > 1:
+            found = ", ".join(f"{value} ({where})" for value, where in seen.items())
+            raise ValueError(
+                f"the episodes do not agree on {what}: {field} is {found}; use sets that agree or use_{what}=False"
+            )
+        return next(iter(seen))
+
+    @property
+    def action_dim(self) -> int | None:
+        """Width of the actions delivered; None without actions."""
+        self.mixtures()
+        return self._common("action_dim", "actions", self.train_settings.actions)
+
+    @property
+    def has_rewards(self) -> bool:
+        """Whether batches hold rewards."""
+        self.mixtures()
+        return bool(self._common("has_rewards", "rewards", self.train_settings.rewards))
+
+    @property
+    def resolution(self) -> int:
+        """Height and width of the frames delivered, in pixels."""
+        return self.train_settings.resolution
+
+    @property
+    def segment_length(self) -> int:
+        """Frames of a training clip."""
+        return self.train_settings.segment_length
+
+    @property
+    def skipped(self) -> int:
+        """How often a bad record was met and skipped so far, over all workers of this rank."""
+        at_open = sum(len(s.skipped) for m in self.mixtures() if m is not None for s in m.sets.values())
+        clips = [clips for clips in (self._train_clips, self._val_clips) if clips is not None]
+        return max(at_open, sum(int(c.skips) for c in clips))
+
+    # --- loaders ---
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the sets; a new fit starts at clip 0 unless a checkpoint is loaded after this."""
+        train, val = self.mixtures()
+        self._train_clips = TrainingClips(train, self.train_settings, self.seed)
+        if val is not None:
+            self._val_clips = FixedClips(val, self.val_settings, self.val_clips_per_episode)
+            if self.policy == "skip":
+                self._val_clips.drop_bad()
+        if stage == "fit":
+            self._start, self._taken = 0, 0
+
+    def train_dataloader(self) -> DataLoader:
+        """Endless training clips, cut into epochs of `epoch_batches`."""
+        if self._train_clips is None:
+            self.setup()
+        assert self._train_clips is not None
+        rank, ranks = _rank_and_world(self.trainer)
+        epoch = self.epoch_batches or max(1, len(self._train_clips) // (self.batch_size * ranks))
+        sampler = PositionSampler(self._train_clips, lambda: self.position, self.batch_size, epoch, ranks, rank)
+        return ResumableLoader(self, self._train_clips, self.batch_size, sampler)
+
+    def val_dataloader(self) -> DataLoader | list:
+        """The fixed clips, each exactly once over all ranks; an empty list without a validation set."""
+        if self._val_clips is None:
+            self.setup()
+        if self._val_clips is None:
+            return []
+        rank, ranks = _rank_and_world(self.trainer)
+        sampler = ExactSampler(self._val_clips, ranks, rank)
+        return DataLoader(self._val_clips, self.val_batch_size, sampler=sampler, **self.loader_options())
+
+    test_dataloader = val_dataloader
+
+    def loader_options(self) -> dict[str, Any]:
+        """Arguments that the loaders share."""
+        return dict(
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int = 0) -> dict[str, Any]:
+        """Turns uint8 frames into floats and augments training clips, each from (seed, clip number)."""
+        training = self.trainer is None or self.trainer.training
+        if training:
+            self._taken += 1
+        video = to_float(batch["video"])
+        if training and self.augmentation is not None:
+            numbers = batch["clip"].tolist()
+            clips = [
+                augment(clip, self.augmentation, (self.seed, number, 5), self.resolution)
+                for clip, number in zip(video, numbers, strict=True)
+            ]
+            video = torch.stack(clips)
+        return batch | {"video": video}
+
+    # --- position ---
+
+    @property
+    def position(self) -> int:
+        """Number of the first clip that has not been trained on (batches that are only prefetched do not count)."""
+        taken = self._taken
+        if self.trainer is not None and self.trainer.training:
+            progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            taken -= progress.ready > progress.processed  # a batch whose update has not happened yet
+        return self._start + max(taken, 0) * self.batch_size * _rank_and_world(self.trainer)[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and seed, for the checkpoint."""
+        return {"position": self.position, "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues at the position of a checkpoint; the batch size and the number of ranks may differ."""
+        if state_dict["seed"] != self.seed:
+            raise ValueError(
+                f"the checkpoint was made with data seed {state_dict['seed']}, this run has {self.seed}: the clips would "
+                "not be the ones that follow"
+            )
+        self._start, self._taken = int(state_dict["position"]), 0
+
+
+class ResumableLoader(DataLoader):
+    """A DataLoader whose state is the data module's, which tells Lightning that it resumes in mid-epoch."""
+
+    def __init__(self, datamodule: VideoDataModule, clips: TrainingClips, batch_size: int, sampler: PositionSampler):
+        super().__init__(clips, batch_size, sampler=sampler, drop_last=True, **datamodule.loader_options())
+        self.datamodule = datamodule
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `VideoDataModule.state_dict`."""
+        return self.datamodule.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `VideoDataModule.load_state_dict`."""
+        self.datamodule.load_state_dict(state_dict)
+
+
+def _rank_and_world(trainer: L.Trainer | None) -> tuple[int, int]:
+    """Rank and number of ranks, from the trainer, torch.distributed or the launcher's variables."""
+    if trainer is not None:
+        return trainer.global_rank, trainer.world_size
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -1,0 +1,290 @@
+"""Writes episodes as WebDataset shards with a manifest, so that a kill or a full disk leaves no broken set.
+
+A set is a folder: `NAME-000000.tar`, `NAME-000001.tar`, ... with one member `KEY.safetensors` an episode (see
+`codec`), and `manifest.json`, which is the only way in: shards are written under hidden names, renamed when whole, and
+the set exists from the moment when the manifest is replaced. Shards of an older set go last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import re
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+
+from ivideogpt.data.codec import BLOCK_LENGTH, CODEC, encode_episode
+from ivideogpt.data.episode import Episode
+
+FORMAT = "ivideogpt-shards"
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+MEMBER_SUFFIX = ".safetensors"
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,80}\Z")  # no dot (WebDataset splits there) and no slash
+
+
+class ShardSetWriter:
+    """Writes a shard set; use as a context manager.
+
+    Leaving the block normally makes the set visible; leaving it by an exception removes what was begun and leaves an
+    older set in the folder as it was. One writer a folder.
+
+    Args:
+        out: Folder of the set, created if absent.
+        name: Prefix of the shard files.
+        shard_bytes: A shard is closed when it holds at least this many bytes of records.
+        overwrite: Replace a set that is there already.
+        command: The command line that makes the set; kept in the manifest.
+        extra: Further JSON for the manifest (fidelity, options, ...).
+
+    Raises:
+        ValueError: There is a set already and `overwrite` is False, or a bad name.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        name: str = "episodes",
+        shard_bytes: int = 256 * 2**20,
+        overwrite: bool = False,
+        command: str | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        self.out = Path(out)
+        if not KEY_PATTERN.match(name):
+            raise ValueError(f"shard name {name!r} may hold letters, digits, '-' and '_' only")
+        if (self.out / MANIFEST).exists() and not overwrite:
+            raise ValueError(f"{self.out} holds a shard set already; choose another folder or overwrite it")
+        self.name, self.shard_bytes = name, shard_bytes
+        self.command = " ".join(sys.argv) if command is None else command
+        self.extra = extra or {}
+        self._shards: list[dict[str, Any]] = []
+        self._members: list[dict[str, Any]] = []
+        self._keys: set[str] = set()
+        self._stats = {"actions": _RunningStats(), "rewards": _RunningStats()}
+        self._file: io.BufferedWriter | None = None
+        self._tar: webdataset.TarWriter | None = None
+        self._made_folder = False
+
+    def __enter__(self) -> ShardSetWriter:
+        self._made_folder = not self.out.exists()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._remove_partials()  # left by a process that was killed
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        except BaseException as failure:
+            self._abort()
+            if isinstance(failure, OSError):
+                raise _explain(failure, self.out) from failure
+            raise
+        if kind is not None:
+            self._abort()
+            if isinstance(error, OSError) and error.errno is not None:
+                raise _explain(error, self.out) from error
+
+    def write(self, key: str, episode: Episode) -> None:
+        """Encodes and appends one episode."""
+        self.write_encoded(key, encode_episode(episode), summary(episode))
+
+    def write_encoded(self, key: str, data: bytes, info: dict[str, Any]) -> None:
+        """Appends an episode that was encoded elsewhere (`encode_episode`, `summary`), as parallel workers do."""
+        if not KEY_PATTERN.match(key):
+            raise ValueError(f"episode key {key!r} may hold letters, digits, '-' and '_' only, at most 81 of them")
+        if key in self._keys:
+            raise ValueError(f"two episodes have the key {key!r}")
+        if self._tar is None:
+            self._file = open(self._partial(len(self._shards)), "wb")
+            # mtime=0: equal input gives equal shards, and no extended header, which would double the reading time.
+            self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0)
+        assert self._file is not None
+        offset = self._tar.tarstream.offset + tarfile.BLOCKSIZE
+        self._tar.write({"__key__": key, MEMBER_SUFFIX[1:]: data})
+        self._keys.add(key)
+        for name, stats in self._stats.items():
+            stats.add(info.pop(name))
+        self._members.append({"key": key, "offset": offset, "size": len(data), "crc32": zlib.crc32(data)} | info)
+        if offset + len(data) >= self.shard_bytes:
+            self._close_shard()
+
+    def _partial(self, index: int) -> Path:
+        return self.out / f".{self.name}-{index:06d}.tar.partial"
+
+    def _close_shard(self) -> None:
+        assert self._tar is not None and self._file is not None
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        path = self._partial(len(self._shards))
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+        self._shards.append({"size": path.stat().st_size, "sha256": digest.hexdigest(), "members": self._members})
+        self._members, self._tar, self._file = [], None, None
+
+    def _commit(self) -> None:
+        if self._tar is not None:
+            self._close_shard()
+        if not self._shards:
+            raise ValueError(f"no episode was written to {self.out}; an empty set is refused")
+        old = set(_listed_shards(self.out))
+        # Shards of the old set must stay until the manifest is replaced, so clashing names get the content's hash.
+        tag = f"-{self._shards[0]['sha256'][:8]}" if any(name.startswith(f"{self.name}-0") for name in old) else ""
+        names = [f"{self.name}{tag}-{index:06d}.tar" for index in range(len(self._shards))]
+        for index, (name, shard) in enumerate(zip(names, self._shards, strict=True)):
+            if name not in old:  # otherwise the same content under the same hash is there already
+                os.replace(self._partial(index), self.out / name)
+            self._shards[index] = {"name": name} | shard
+        write_json(self.out / MANIFEST, self._manifest())
+        for name in old - set(names):
+            (self.out / name).unlink(missing_ok=True)
+        self._remove_partials()
+
+    def _abort(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        listed = set(_listed_shards(self.out))
+        for shard in self._shards:
+            if "name" in shard and shard["name"] not in listed:
+                (self.out / shard["name"]).unlink(missing_ok=True)
+        self._remove_partials()
+        if self._made_folder:
+            with contextlib.suppress(OSError):
+                self.out.rmdir()
+
+    def _remove_partials(self) -> None:
+        for path in self.out.glob(".*.partial"):
+            path.unlink(missing_ok=True)
+
+    def _manifest(self) -> dict[str, Any]:
+        members = [member for shard in self._shards for member in shard["members"]]
+        sources: dict[str, dict[str, Any]] = {}
+        for member in members:
+            entry = sources.setdefault(member["source"], {"episodes": 0, "frames": 0, "licence": member["licence"]})
+            entry["episodes"] += 1
+            entry["frames"] += member["frames"]
+        return {
+            "format": FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "converter": f"ivideogpt {package_version()}",
+            "command": self.command,
+            "codec": {"name": CODEC, "block_length": BLOCK_LENGTH},
+            "counts": {
+                "shards": len(self._shards),
+                "episodes": len(members),
+                "frames": sum(member["frames"] for member in members),
+            },
+            "resolutions": sorted({tuple(member["resolution"]) for member in members}),
+            "action_dims": sorted({member["action_dim"] or 0 for member in members}),
+            "has_rewards": all(member["has_rewards"] for member in members),
+            "sources": sources,
+            "licences": sorted({member["licence"] for member in members}),
+            "statistics": {name: stats.result() for name, stats in self._stats.items()},
+            "extra": self.extra,
+            "shards": self._shards,
+        }
+
+
+def summary(episode: Episode) -> dict[str, Any]:
+    """What the manifest keeps about an episode, with its actions and rewards for the statistics."""
+    return {
+        "frames": len(episode),
+        "resolution": list(episode.resolution),
+        "action_dim": episode.action_dim,
+        "has_rewards": episode.rewards is not None,
+        "fps": float(episode.fps),
+        "source": episode.source,
+        "licence": episode.licence,
+        # The last action and the first reward are fillers where a recording has one fewer of each than frames.
+        "actions": None if episode.actions is None else episode.actions[:-1],
+        "rewards": None if episode.rewards is None else episode.rewards[1:, None],
+    }
+
+
+class _RunningStats:
+    """Mean, spread and range of rows (N, D), added up in float64."""
+
+    def __init__(self) -> None:
+        self.count, self.sums, self.squares = 0, np.zeros(0), np.zeros(0)
+        self.low, self.high = np.zeros(0), np.zeros(0)
+        self.mixed = False
+
+    def add(self, rows: np.ndarray | None) -> None:
+        if rows is None or len(rows) == 0 or self.mixed:
+            return
+        rows = rows.astype(np.float64)
+        if self.count == 0:
+            self.sums, self.squares = np.zeros(rows.shape[1]), np.zeros(rows.shape[1])
+            self.low, self.high = rows.min(0), rows.max(0)
+        elif rows.shape[1] != len(self.sums):
+            self.mixed = True  # widths differ within the set: no statistics make sense
+            return
+        self.count += len(rows)
+        self.sums, self.squares = self.sums + rows.sum(0), self.squares + (rows**2).sum(0)
+        self.low, self.high = np.minimum(self.low, rows.min(0)), np.maximum(self.high, rows.max(0))
+
+    def result(self) -> dict[str, Any] | None:
+        if self.count == 0 or self.mixed:
+            return None
+        mean = self.sums / self.count
+        std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 0))
+        named = {"mean": mean, "std": std, "min": self.low, "max": self.high}
+        return {"count": self.count} | {name: value.tolist() for name, value in named.items()}
+
+
+def package_version() -> str:
+    """Version of the installed package, or `unknown` when it runs from a bare source tree."""
+    try:
+        return importlib.metadata.version("ivideogpt")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file in one step: aside, flushed to disk, renamed."""
+    aside = path.with_name(f".{path.name}.partial")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def iterate_records(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yields key and bytes of every record of one tar, without a manifest."""
+    with tarfile.open(path) as tar:
+        for member in tar:
+            stream = tar.extractfile(member)
+            if stream is not None and member.name.endswith(MEMBER_SUFFIX):
+                yield member.name.removesuffix(MEMBER_SUFFIX), stream.read()
+
+
+def _listed_shards(folder: Path) -> list[str]:
+    """Names of the shards of the set that is in a folder now; none if there is no readable manifest."""
+    try:
+        return [str(shard["name"]) for shard in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["shards"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _explain(error: OSError, out: Path) -> OSError:
+    """The same error with what it means for the set."""
+    reason = error.strerror or str(error)
+    return OSError(error.errno, f"could not write the shard set ({reason}); nothing was changed", str(out))
