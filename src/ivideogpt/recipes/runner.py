@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -93,7 +95,7 @@ def run(
     console = Console()
     output = Path(recipe["output"])
     folders: dict[str, Path] = {}
-    with _only_run(output) as first:
+    with _only_run(output) as first, _quiet_lightning():
         if first:
             write_text(output / "recipe.yaml", text)
         for name, config in recipe["stages"].items():
@@ -129,3 +131,28 @@ def _only_run(output: Path) -> Iterator[bool]:
         except OSError as error:
             raise ValueError(f"another run is using {output}; wait for it, or give another output=FOLDER") from error
         yield True
+
+
+@contextlib.contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Mutes what Lightning says about each trainer and cannot be acted on: devices it found, tips, chosen modes."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+_EXPECTED_WARNINGS = (
+    r".*isinstance\(treespec, LeafSpec\). is deprecated",  # inside Lightning
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # the frozen tokenizer
+    r"Precision .* is not supported by the model summary",
+    r"The '\w+_dataloader' does not have many workers",  # a recipe's choice
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    r"Checkpoint directory .* exists and is not empty",
+)

@@ -125,7 +125,7 @@ class Checkpoints(Checkpoint):
         if update == self._last:
             return
         folder = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
-        trainer.save_checkpoint(folder / f"update-{update:06d}.ckpt")
+        trainer.save_checkpoint(folder / f"update-{update:06d}.ckpt", weights_only=False)  # optimizer state too
         self._last = update
         if trainer.is_global_zero:
             for _, path in checkpoint_files(folder)[self.keep :]:
