@@ -1,0 +1,86 @@
+"""Video metrics: PSNR, SSIM and MSE of predicted frames against the truth, one value per frame.
+
+B clips, S samples a clip, T frames. Videos are (B, T, C, H, W) in [0, 1]; values are (B, T), so that a caller can draw
+a curve over time, average over a clip's frames, and take the best of several samples.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+SSIM_WINDOW = 11
+SSIM_SIGMA = 1.5
+"""The Gaussian window of the evaluation protocol (Wang et al., 2004)."""
+
+PSNR_FLOOR = 1e-10
+"""Smallest mean squared error that PSNR sees: identical frames get 100 dB instead of infinity, which spoils a mean."""
+
+
+def _check(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    if prediction.ndim != 5 or prediction.shape != truth.shape:
+        raise ValueError(
+            "prediction and truth must be videos (B, T, C, H, W) of the same shape, "
+            f"got {tuple(prediction.shape)} and {tuple(truth.shape)}"
+        )
+    if not (prediction.is_floating_point() and truth.is_floating_point()):
+        raise ValueError(
+            f"prediction and truth must be floats in [0, 1], got {prediction.dtype} and {truth.dtype}: "
+            "divide 8-bit frames by 255"
+        )
+    return prediction.float(), truth.float()
+
+
+def mse(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Mean squared error (B, T) of each frame of ``prediction`` and ``truth`` (B, T, C, H, W) in [0, 1]."""
+    prediction, truth = _check(prediction, truth)
+    return (prediction - truth).square().mean(dim=(2, 3, 4))
+
+
+def psnr(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio (B, T) of each frame in dB, at most 100 (see ``PSNR_FLOOR``)."""
+    return -10.0 * mse(prediction, truth).clamp_min(PSNR_FLOOR).log10()
+
+
+def ssim(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Structural similarity (B, T) of each frame: 11 x 11 Gaussian, sigma 1.5, mean over channels and pixels.
+
+    Only windows that lie inside the frame count, as Wang et al. define it.
+
+    Raises:
+        ValueError: if the frames are smaller than the window.
+    """
+    prediction, truth = _check(prediction, truth)
+    if min(prediction.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs frames of at least {SSIM_WINDOW} pixels a side, got {tuple(prediction.shape)}")
+    _, full = structural_similarity_index_measure(
+        prediction.flatten(0, 1), truth.flatten(0, 1), sigma=SSIM_SIGMA, kernel_size=SSIM_WINDOW, data_range=1.0,
+        reduction="none", return_full_image=True,
+    )  # fmt: skip
+    # torchmetrics pads by reflection and, since 1.8, counts the border too: cut it off in any version
+    assert isinstance(full, Tensor) and full.shape[-2:] == prediction.shape[-2:]
+    border = SSIM_WINDOW // 2
+    inside = full[:, :, border : full.shape[2] - border, border : full.shape[3] - border]
+    return inside.mean(dim=(1, 2, 3)).unflatten(0, prediction.shape[:2])
+
+
+def best_of(values: Tensor, num_samples: int, higher_is_better: bool = True) -> Tensor:
+    """Best sample (B,) of each clip, by the mean over its frames of ``values`` (B*num_samples, T).
+
+    Samples of a clip stand side by side, as in a rollout's video.
+    """
+    samples = values.mean(dim=1).unflatten(0, (-1, num_samples))  # (B, S)
+    return samples.amax(dim=1) if higher_is_better else samples.amin(dim=1)
+
+
+METRICS = {"psnr": psnr, "ssim": ssim, "mse": mse}
+"""Name -> function of (prediction, truth) that gives (B, T)."""
+
+HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "mse": False}
+
+
+@torch.no_grad()
+def frame_metrics(prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """All metrics of this file, each (B, T), on the CPU in float64."""
+    return {name: metric(prediction, truth).double().cpu() for name, metric in METRICS.items()}

@@ -1,0 +1,120 @@
+"""Checks of what a rollout is given: context frames, actions, horizon, number of samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ivideogpt.models.tokenizer import CompressiveTokenizer
+from ivideogpt.models.transformer import Transformer
+
+RANGE_TOLERANCE = 1e-3
+"""How far a frame's values may leave [0, 1]: room for the rounding of resizing filters and of bf16, not for -1..1."""
+
+
+def check_context_frames(context_frames: Tensor, tokenizer: CompressiveTokenizer) -> None:
+    """Refuses context frames that the tokenizer was not made for.
+
+    Raises:
+        ValueError: if they are not floats of shape (B, t0, C, H, W) in [0, 1].
+    """
+    config = tokenizer.config
+    if not isinstance(context_frames, Tensor):
+        raise ValueError(f"context_frames must be a tensor (B, T, C, H, W), got {type(context_frames).__name__}")
+    shape = tuple(context_frames.shape)
+    if len(shape) != 5:
+        raise ValueError(f"context_frames must have shape (B, T, C, H, W), got {shape}")
+    if not context_frames.is_floating_point():
+        raise ValueError(
+            f"context_frames must be floats in [0, 1], got {context_frames.dtype}: divide 8-bit frames by 255"
+        )
+    if shape[0] == 0:
+        raise ValueError(f"context_frames hold no clip: shape {shape}")
+    if shape[1] != config.context_length:
+        raise ValueError(
+            f"the model takes {config.context_length} context frames, got {shape[1]}: "
+            "give the last ones of what was seen, or load the model with context_length="
+        )
+    expected = (config.in_channels, config.resolution, config.resolution)
+    if shape[2:] != expected:
+        raise ValueError(f"frames must be (C, H, W) = {expected} for this model, got {shape[2:]}")
+    low, high = context_frames.min().item(), context_frames.max().item()
+    # written so that NaN, which compares false with everything, is refused too
+    if not (low >= -RANGE_TOLERANCE and high <= 1.0 + RANGE_TOLERANCE):
+        raise ValueError(f"context_frames must lie in [0, 1], got values from {low:g} to {high:g}")
+
+
+def check_actions(actions: Any, transformer: Transformer, shape: tuple[int | None, ...], device: Any) -> Tensor | None:
+    """Actions as a float tensor on ``device``, or None for an action-free model.
+
+    Args:
+        actions: tensor or array.
+        transformer: whose ``action_dim`` they must have.
+        shape: the expected shape without the action size; None stands for any length.
+        device: where they go.
+
+    Raises:
+        ValueError: if they are missing, not wanted, of another shape, or not finite.
+    """
+    action_dim = transformer.config.action_dim
+    if action_dim is None:
+        if actions is not None:
+            raise ValueError(
+                "this model takes no actions (action_dim is None): leave them out, "
+                "or load it with action_dim= to give it an action layer"
+            )
+        return None
+    if actions is None:
+        raise ValueError(f"this model needs actions of width {action_dim}, got None")
+    actions = torch.as_tensor(actions, dtype=torch.float32).to(device)
+    expected = (*shape, action_dim)
+    given = tuple(actions.shape)
+    if len(given) != len(expected) or any(e is not None and e != g for e, g in zip(expected, given, strict=True)):
+        wanted = ", ".join("T" if size is None else str(size) for size in expected)
+        raise ValueError(f"actions must have shape ({wanted}) for this model and these context frames, got {given}")
+    if not bool(torch.isfinite(actions).all()):
+        bad = actions[~torch.isfinite(actions)].flatten()[0].item()
+        raise ValueError(f"actions must be finite, got {bad}")
+    return actions
+
+
+def check_horizon(horizon: int | None, actions: Tensor | None, tokenizer: Any, transformer: Transformer) -> int:
+    """Number of future frames to predict.
+
+    With ``horizon`` None it is what makes the video as long as ``actions`` (B, T, A), of which the last is then not
+    used, as in a recording; without actions it is all that the positions allow.
+
+    Raises:
+        ValueError: if it is below 1, beyond the transformer's positions, or beyond the actions.
+    """
+    layout = tokenizer.layout
+    longest = layout.max_horizon(transformer.config.max_positions)
+    if horizon is None:
+        horizon = longest if actions is None else actions.shape[1] - layout.context_length
+    if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
+        raise ValueError(f"horizon must be an integer >= 1, got {horizon!r}")
+    if horizon > longest:
+        raise ValueError(
+            f"a horizon of {horizon} frames is beyond the model's {transformer.config.max_positions} positions, "
+            f"which hold {longest} future frames after {layout.context_length} context frames"
+        )
+    if actions is not None:
+        needed = layout.context_length - 1 + horizon
+        if actions.shape[1] < needed:
+            raise ValueError(
+                f"a horizon of {horizon} frames needs at least {needed} actions "
+                f"(from the first context frame on), got {actions.shape[1]}"
+            )
+    return horizon
+
+
+def check_num_samples(num_samples: int) -> None:
+    """Refuses a number of samples below one.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples must be an integer >= 1, got {num_samples!r}")
