@@ -292,9 +292,7 @@ class WorldModelConfig:
         tokenizer = TokenizerConfig.preset(tokenizer_name)
         if context_length is not None:
             tokenizer = replace(tokenizer, context_length=context_length)
-        transformer = TransformerConfig.preset(
-            transformer_name, vocab_size=tokenizer.vocab_size, action_dim=action_dim
-        )
+        transformer = TransformerConfig.preset(transformer_name, vocab_size=tokenizer.vocab_size, action_dim=action_dim)
         return cls(tokenizer, transformer, RewardHeadConfig(transformer.embed_dim) if reward else None)
 
 
@@ -316,12 +314,13 @@ _TOKENIZERS = {
         norm_num_groups=8,
         codebook_size=1024,
         dynamics_codebook_size=1024,
+        attention_dropout=0.0,  # too small to overfit in the hours that it trains
     ),
 }
 _TRANSFORMERS = {
     "small": TransformerConfig(),
     "medium": TransformerConfig(num_layers=24, num_heads=16, embed_dim=1024, mlp_dim=4096),
-    "nano": TransformerConfig(vocab_size=2050, num_layers=6, num_heads=4, embed_dim=256, mlp_dim=768),
+    "nano": TransformerConfig(vocab_size=2050, num_layers=6, num_heads=4, embed_dim=256, mlp_dim=512),
 }
 _WORLD_MODELS = {
     "64-small": ("64", "small"),
