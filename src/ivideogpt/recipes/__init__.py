@@ -1,7 +1,6 @@
 """Recipes: one YAML file composes the stages that make one result; this package reads, checks and runs them.
 
-    ivideogpt.recipes.run("debug")
-    ivideogpt.recipes.run("recipes/metaworld_nano.yaml", ["stages.tokenizer.trainer.max_steps=10"])
+Example: ``ivideogpt.recipes.run("recipes/metaworld_nano.yaml", ["tokenizer.trainer.max_steps=10"])``.
 """
 
 from __future__ import annotations

@@ -46,7 +46,9 @@ def import_class(path: str, where: str, trust: bool = False) -> type:
         ValueError: if there is none (naming the nearest), it is no class, or an untrusted recipe may not name it.
     """
     if not isinstance(path, str) or not CLASS_PATH.fullmatch(path):
-        raise ValueError(f"{where}: class_path must be a dotted name such as ivideogpt.training.TokenizerModule, got {path!r}")
+        raise ValueError(
+            f"{where}: class_path must be a dotted name such as ivideogpt.training.TokenizerModule, got {path!r}"
+        )
     if not trust and not _is_allowed(path):
         raise ValueError(_refusal(path, where))
     module_name, _, name = path.rpartition(".")
@@ -130,7 +132,7 @@ def leaves(hint: Any) -> Iterator[Any]:
             yield from leaves(part)
 
 
-_PLAIN = (str, int, float, bool, bytes, complex, list, dict, tuple, set, type(None), types.NoneType, Any, object, ..., Path)
+_PLAIN = (str, int, float, bool, bytes, list, dict, tuple, set, types.NoneType, Any, object, ..., Path)
 
 
 def check_arguments(cls: type, values: Any, where: str, trust: bool, skip: tuple[str, ...] = ()) -> None:

@@ -67,7 +67,9 @@ def check_part(kind: str, spec: Any, where: str) -> None:
         if not isinstance(spec["from"], str) or not spec["from"]:
             raise ValueError(f"{where}.from must name a stage, a zoo name or a folder, got {spec['from']!r}")
     elif kind == "world_model":
-        raise ValueError(f"{where}: a world model comes from somewhere: {{from: STAGE, zoo name or folder}}, got {spec!r}")
+        raise ValueError(
+            f"{where}: a world model comes from somewhere: {{from: STAGE, zoo name or folder}}, got {spec!r}"
+        )
     else:
         known = tuple(field.name for field in dataclasses.fields(_CONFIGS[kind]))
         known = known if kind == "reward_head" else ("preset", *known)
@@ -98,10 +100,7 @@ class PartBuilder:
         Raises:
             ValueError: if the configuration or the source does not fit.
         """
-        if "from" in spec:
-            part = self._load(kind, spec, where)
-        else:
-            part = self._fresh(kind, dict(spec), where)
+        part = self._load(kind, spec, where) if "from" in spec else self._fresh(kind, dict(spec), where)
         self._built[kind] = part
         return part
 
@@ -131,9 +130,13 @@ class PartBuilder:
         parts = load_parts(folder, context_length=spec.get("context_length"), action_dim=spec.get("action_dim"))
         self.loaded[kind] = parts
         if kind == "world_model":
-            return WorldModel.from_parts(parts.tokenizer, parts.transformer, parts.reward_head, parts.extras)
+            return WorldModel.from_parts(
+                parts.tokenizer, parts.transformer, parts.reward_head, parts.extras, parts.published
+            )
         if kind == "reward_head" and parts.reward_head is None:
-            raise ValueError(f"{where}: {spec['from']!r} ({folder}) has no reward head; leave `from` out for a fresh one")
+            raise ValueError(
+                f"{where}: {spec['from']!r} ({folder}) has no reward head; leave `from` out for a fresh one"
+            )
         return getattr(parts, kind)
 
 

@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
     """YAML's safe loader, with 1e-4 a number, yes and no words, and a key given twice an error."""
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> Node:
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> Any:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
@@ -62,7 +62,7 @@ def parse_yaml(text: str, where: object) -> Any:
         ValueError: saying where it is not valid.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with other scalars
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader with other scalars
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
@@ -140,7 +140,7 @@ def resolve(recipe: Node, overrides: Sequence[str] = ()) -> Node:
     for path, value in parsed:
         if path[0] != "defaults":
             if path[0] not in RECIPE_KEYS and path[0] in recipe["stages"]:
-                path = ("stages", *path)  # noqa: PLW2901 - a stage may stand in front
+                path = ("stages", *path)
             _assign(recipe, path, value)
     recipe["stages"] = {name: stage for name, stage in recipe["stages"].items() if stage is not None}
     _check_keys(recipe, RECIPE_KEYS, "the recipe")

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.zoo import published
 from ivideogpt.zoo.checkpoint import TOKENIZER_CONFIG, TOKENIZER_WEIGHTS
@@ -61,7 +63,7 @@ def load_tokenizer(folder: Path) -> CompressiveTokenizer:
     tokenizer = build_on_meta(lambda: CompressiveTokenizer(config), folder)
     shapes = {name: tuple(tensor.shape) for name, tensor in tokenizer.state_dict().items()}
     check_header(header, shapes, folder / TOKENIZER_CONFIG)
-    tokenizer.load_state_dict(read_tensors(header, "cpu", None), assign=True)
+    tokenizer.load_state_dict(read_tensors(header, torch.device("cpu"), None), assign=True)
     return tokenizer
 
 

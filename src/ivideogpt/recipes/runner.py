@@ -54,9 +54,7 @@ def load(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = (), tr
     recipe = resolve(read_file(find(path_or_name)), overrides)
     from ivideogpt.recipes.stage import check_stage  # takes seconds, which a mistyped key need not wait for
 
-    recipe["stages"] = {
-        name: check_stage(stage, f"stages.{name}", trust) for name, stage in recipe["stages"].items()
-    }
+    recipe["stages"] = {name: check_stage(stage, f"stages.{name}", trust) for name, stage in recipe["stages"].items()}
     return recipe
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -16,13 +20,14 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 
 from ivideogpt.recipes.classes import arguments, check_arguments, defaults, import_class
 from ivideogpt.recipes.parts import PartBuilder, check_part, part_arguments, source_folder
 from ivideogpt.recipes.reading import Node
-from ivideogpt.recipes.results import differences, fingerprint, read_record, save_tokenizer, write_record, write_text
+from ivideogpt.recipes.results import differences, fingerprint, read_record, save_tokenizer, write_record
 from ivideogpt.training.callbacks import SeededUpdates
 from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, latest_checkpoint
 from ivideogpt.training.logs import MetricsCSV
@@ -108,13 +113,13 @@ class Stage:
         if trainer.is_global_zero:
             write_record(self.folder, record)
         if is_overridden("training_step", module, LightningModule):
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-            if trainer.interrupted:
-                raise KeyboardInterrupt
+            with _interrupts_raised(trainer):
+                trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             if trainer.is_global_zero:
                 self._save(module, builder, trainer.global_step)
         else:
-            trainer.test(module, datamodule=data, verbose=False)
+            with _interrupts_raised(trainer):
+                trainer.test(module, datamodule=data, verbose=False)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             record |= {"state": "finished", "finished": _now(), "seconds": round(time.monotonic() - begin, 1)}
@@ -133,7 +138,7 @@ class Stage:
         return found
 
     def _settle_changes(self, record: Node, settings: Node, console: Console) -> Node | None:
-        changes = list(differences(record.get("settings"), settings))
+        changes = list(differences(record.get("settings"), self._without_new_defaults(record, settings)))
         if not changes:
             return record
         listed = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
@@ -153,14 +158,24 @@ class Stage:
             f"checkpoint, with the new settings)"
         )
 
+    def _without_new_defaults(self, record: Node, settings: Node) -> Node:
+        """Settings less the arguments that a later version of a class brought, as long as they have their default."""
+        settings = copy.deepcopy(settings)
+        for key in ("module", "data"):
+            old = record.get("settings", {}).get(key, {}).get("init_args", {})
+            values = settings[key]["init_args"]
+            for name, default in defaults(self._class(key)).items():
+                if name not in old and values.get(name) == default:
+                    values.pop(name, None)
+        return settings
+
     def _class(self, key: str) -> type:
         return import_class(self.config[key]["class_path"], f"stages.{self.name}.{key}", trust=True)  # checked before
 
     def _arguments(self, cls: type, key: str, values: Node, skip: set[str]) -> Node:
         """Arguments with their types checked and the classes inside of them built."""
         parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(cls, key, skip=skip, instantiate=False)  # type: ignore[arg-type]
-        # None stands for "the default" where the type has no None
+        parser.add_class_arguments(cls, key, skip=skip, instantiate=False)
         try:
             parsed = parser.parse_object({key: {name: value for name, value in values.items() if name not in skip}})
         except Exception as error:  # jsonargparse raises several kinds
@@ -214,9 +229,7 @@ class Stage:
             kwargs["num_sanity_val_steps"] = 0
         if "enable_model_summary" not in settings:
             kwargs["enable_model_summary"] = False
-        trainer = Trainer(
-            **kwargs, default_root_dir=self.folder, callbacks=callbacks, logger=loggers, plugins=plugins
-        )
+        trainer = Trainer(**kwargs, default_root_dir=self.folder, callbacks=callbacks, logger=loggers, plugins=plugins)
         return trainer, None if found is None else found[1]
 
     def _save(self, module: Any, builder: PartBuilder, updates: int) -> None:
@@ -228,8 +241,10 @@ class Stage:
             return
         loaded = builder.loaded.get("transformer")
         extras = {**(loaded.extras if loaded else {}), "recipe": self.recipe_name, "training": training}
-        if (statistics := getattr(module, "action_statistics", None)) is not None:
-            extras |= statistics
+        extras |= module.action_statistics
+        source = (self.config["module"]["init_args"].get("transformer") or {}).get("from")
+        if source is not None and source not in self.earlier:
+            extras["base_model"] = source
         old = loaded.published if loaded else Published()
         parts = Parts(module.tokenizer, transformer, module.reward_head, extras, old)
         parts.published.recipe = self.recipe_text
@@ -248,18 +263,29 @@ def compose_model(stage_folder: Path, output: Path) -> None:
                 shutil.copyfile(stage_folder / name, staging / name)
 
 
+@contextlib.contextmanager
+def _interrupts_raised(trainer: Trainer) -> Iterator[None]:
+    """Turns the silent exit that Lightning makes of Ctrl-C back into a KeyboardInterrupt."""
+    handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    try:
+        yield
+    except SystemExit as error:
+        if trainer.state.status != TrainerStatus.INTERRUPTED:
+            raise
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from error
+
+
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _versions() -> dict[str, str]:
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for name in ("ivideogpt", "lightning"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "unknown"
     return found
-
-
-__all__ = ["Stage", "check_stage", "compose_model", "write_text"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ivideogpt.training.evaluation_module import EvaluationModule
 from ivideogpt.training.reward_module import RewardModule
 from ivideogpt.training.tokenizer_module import TokenizerModule
 from ivideogpt.training.transformer_module import TransformerModule
 
-__all__ = ["RewardModule", "TokenizerModule", "TransformerModule"]
+__all__ = ["EvaluationModule", "RewardModule", "TokenizerModule", "TransformerModule"]

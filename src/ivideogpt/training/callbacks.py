@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from ivideogpt.drawing import save_gif, save_png, strip
+from ivideogpt.drawing import save_comparison, save_png, strip
+from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.training.codebook import codebook_usage
 
 
@@ -73,14 +74,13 @@ class RolloutStrips(Callback):
         batch, self._batch = self._batch, None
         with torch.no_grad():
             prediction = pl_module.imagine(batch)  # type: ignore[operator]
+        context_length = _tokenizer(pl_module).context_length
+        picture = strip(batch["video"], prediction, context_length)
         folder = Path(trainer.default_root_dir) / "strips"
         folder.mkdir(parents=True, exist_ok=True)
-        truth, prediction = to_uint8(batch["video"]), to_uint8(prediction)
         stem = f"update-{trainer.global_step:06d}"
-        context_length = pl_module.tokenizer.context_length  # type: ignore[union-attr]
-        picture = strip(truth, prediction, context_length)
         save_png(folder / f"{stem}.png", picture)
-        save_gif(folder / f"{stem}.gif", truth, prediction, context_length)
+        save_comparison(folder / f"{stem}.gif", batch["video"], prediction, context_length)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("val/strips", picture, trainer.global_step, dataformats="HWC")
@@ -89,9 +89,10 @@ class RolloutStrips(Callback):
             old.with_suffix(".gif").unlink(missing_ok=True)
 
 
-def to_uint8(video: Tensor) -> np.ndarray:
-    """Video (B, T, C, H, W) in [0, 1] as uint8 (B, T, H, W, C)."""
-    return (video.float().clamp(0, 1) * 255).round().byte().permute(0, 1, 3, 4, 2).cpu().numpy()
+def _tokenizer(module: LightningModule) -> CompressiveTokenizer:
+    tokenizer = module.tokenizer
+    assert isinstance(tokenizer, CompressiveTokenizer), "this callback belongs to the modules of ivideogpt.training"
+    return tokenizer
 
 
 class CodebookUsage(Callback):
@@ -111,7 +112,7 @@ class CodebookUsage(Callback):
         """Counts the choices of a batch."""
         if not isinstance(outputs, Mapping):
             return
-        config = pl_module.tokenizer.config  # type: ignore[union-attr]
+        config = _tokenizer(pl_module).config
         sizes = {"context": config.codebook_size, "dynamics": config.dynamics_codebook_size}
         for name, size in sizes.items():
             counts = torch.bincount(outputs[f"{name}_indices"].flatten(), minlength=size)
@@ -151,10 +152,11 @@ class Throughput(Callback):
     ) -> None:
         """Counts, and logs where the trainer logs."""
         clips, frames = batch["video"].shape[:2]
-        layout = pl_module.tokenizer.layout  # type: ignore[union-attr]
+        layout = _tokenizer(pl_module).layout
         self._frames += clips * frames * trainer.world_size
         self._tokens += clips * layout.sequence_length(frames) * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps == 0 and self._updates < trainer.global_step:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0 and self._updates < trainer.global_step:
             self._updates = trainer.global_step
             seconds = max(time.monotonic() - self._start, 1e-9)
             pl_module.log_dict(

@@ -82,9 +82,3 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layers: Se
         gradients = torch.autograd.grad(loss, list(last_layers), retain_graph=True)
         norms.append(torch.sqrt(sum((g.float().pow(2).sum() for g in gradients), torch.zeros((), device=loss.device))))
     return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, MAX_ADVERSARIAL_WEIGHT).detach()
-
-
-def psnr(prediction: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (dB) of frames (..., C, H, W) in [0, 1], one value a frame (...)."""
-    error = (prediction.float().clamp(0, 1) - target).pow(2).mean(dim=(-3, -2, -1))
-    return -10.0 * torch.log10(error.clamp_min(1e-10))

@@ -70,7 +70,7 @@ class TrainingModule(LightningModule):
             self.get_submodule(name).eval()
         return self
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """State of everything but the frozen parts, which never change."""
         state = super().state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if not self._is_frozen(key)}
@@ -109,8 +109,8 @@ class TrainingModule(LightningModule):
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"train/loss is {loss.item()} at update {self.global_step}, in the batch of clips "
-                f"{list(batch.get('key', ['(no keys)']))}. The last checkpoint is kept. A lower learning_rate, a longer "
-                f"warm-up or float32 (trainer.precision=32-true) usually helps"
+                f"{list(batch.get('key', ['(no keys)']))}. The last checkpoint is kept. A lower learning_rate, a "
+                f"longer warm-up or float32 (trainer.precision=32-true) usually helps"
             )
 
     def _is_frozen(self, key: str) -> bool:

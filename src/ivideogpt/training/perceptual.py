@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class LPIPS(nn.Module):
         import timm
 
         try:
-            backbone = timm.create_model(BACKBONE, pretrained=True).features
+            backbone = cast(nn.Sequential, timm.create_model(BACKBONE, pretrained=True).features)
         except Exception as error:  # the Hub, its cache and the network each fail in ways of their own
             raise OSError(
                 f"LPIPS needs the weights of {BACKBONE!r} from the Hugging Face Hub (timm/{BACKBONE}), which cannot be "

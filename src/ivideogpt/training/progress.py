@@ -31,7 +31,7 @@ class UpdateProgress(ProgressBar):
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._console = Console()
-        self._start, self._start_update, self._last_line = 0.0, 0, 0.0
+        self._start, self._start_update, self._total, self._last_line = 0.0, 0, 0, 0.0
 
     def enable(self) -> None:
         """Shows the bar."""
@@ -43,7 +43,7 @@ class UpdateProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the display at the update that the run stands at."""
-        self._open(trainer.global_step, int(trainer.estimated_stepping_batches), "updates")
+        self._open(trainer.global_step, int(trainer.estimated_stepping_batches))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -56,17 +56,6 @@ class UpdateProgress(ProgressBar):
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, state="validating")
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the display over the test batches."""
-        self._open(0, int(sum(trainer.num_test_batches)), "batches")
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
-        """Moves the display on."""
-        self._advance(trainer, batch_idx + 1)
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Closes the display."""
         self._close()
@@ -75,20 +64,20 @@ class UpdateProgress(ProgressBar):
         """Closes the display, so that the error stands below it."""
         self._close()
 
-    def _open(self, done: int, total: int, unit: str) -> None:
-        self._start, self._start_update, self._total, self._unit = time.monotonic(), done, total, unit
+    def _open(self, done: int, total: int) -> None:
+        self._start, self._start_update, self._total = time.monotonic(), done, total
         self._last_line = self._start
         if not self.enabled:
             return
         if not self._console.is_terminal:
             resumed = f", going on at {done}" if done else ""
-            self._console.print(f"{self.description}: {total} {unit}{resumed}", highlight=False)
+            self._console.print(f"{self.description}: {total} updates{resumed}", highlight=False)
             return
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn(unit),
+            TextColumn("updates"),
             TimeElapsedColumn(),
             TextColumn("ETA {task.fields[eta]}"),
             TextColumn("{task.fields[state]}"),
@@ -107,7 +96,7 @@ class UpdateProgress(ProgressBar):
         elif now - self._last_line >= self.plain_seconds or done == self._total:
             self._last_line = now
             elapsed = format_seconds(now - self._start)
-            line = f"{self.description}: {done}/{self._total} {self._unit}, {elapsed}, ETA {eta}, {_metrics(trainer)}"
+            line = f"{self.description}: {done}/{self._total} updates, {elapsed}, ETA {eta}, {_metrics(trainer)}"
             self._console.print(Text(line), soft_wrap=True)
 
     def _close(self) -> None:

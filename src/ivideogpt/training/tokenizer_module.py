@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ivideogpt.metrics.video import psnr
 from ivideogpt.models.discriminator import PatchDiscriminator
 from ivideogpt.models.tokenizer import CompressiveTokenizer, TokenizerOutput
 from ivideogpt.training.codebook import CodebookRestart
-from ivideogpt.training.losses import ReconstructionLoss, adaptive_weight, discriminator_loss, generator_loss, psnr
+from ivideogpt.training.losses import ReconstructionLoss, adaptive_weight, discriminator_loss, generator_loss
 from ivideogpt.training.module import TrainingModule
 from ivideogpt.training.optim import Schedule, adamw
 from ivideogpt.training.perceptual import LPIPS
@@ -138,7 +139,7 @@ class TokenizerModule(TrainingModule):
         self, terms: dict[str, Tensor], output: TokenizerOutput, context: Tensor, future: Tensor, batch: dict[str, Any]
     ) -> dict[str, Tensor]:
         assert self.discriminator is not None
-        optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc, attr-defined]
+        optimizer, critic_optimizer = self.optimizers()  # type: ignore[attr-defined]
         active = self.global_step >= self.discriminator_start
         extra: dict[str, Tensor] = {"loss": terms["loss"]}
         real = torch.cat([context, future], dim=1).flatten(0, 1)
@@ -154,7 +155,7 @@ class TokenizerModule(TrainingModule):
         self.check_finite(extra["loss"], batch)
         optimizer.zero_grad()
         self.manual_backward(extra["loss"])
-        self.configure_gradient_clipping(optimizer)
+        self.configure_gradient_clipping(optimizer.optimizer)
         optimizer.step()
         self._restart_codebooks(optimizer)
         for schedule in self.lr_schedulers():  # type: ignore[union-attr]
@@ -164,7 +165,7 @@ class TokenizerModule(TrainingModule):
             self.check_finite(critic, batch)
             critic_optimizer.zero_grad()
             self.manual_backward(critic)
-            self.configure_gradient_clipping(critic_optimizer)
+            self.configure_gradient_clipping(critic_optimizer.optimizer)
             # stepped below Lightning's wrapper, which would count it as one more update
             critic_optimizer.optimizer.step()
             extra["discriminator"] = critic
@@ -200,8 +201,8 @@ class TokenizerModule(TrainingModule):
         output = self.tokenizer(context, future)
         terms = self.losses(output, context, future)
         logs = {f"val/{name}": value for name, value in terms.items()}
-        logs["val/psnr"] = psnr(output.future_reconstruction, future).mean()
-        logs["val/context_psnr"] = psnr(output.context_reconstruction, context).mean()
+        logs["val/psnr"] = psnr(output.future_reconstruction.float().clamp(0, 1), future).mean()
+        logs["val/context_psnr"] = psnr(output.context_reconstruction.float().clamp(0, 1), context).mean()
         self.log_dict(logs, batch_size=len(context), sync_dist=True)
         return {"context_indices": output.context_indices, "dynamics_indices": output.dynamics_indices}
 

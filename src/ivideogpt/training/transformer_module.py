@@ -90,6 +90,9 @@ class TransformerModule(TrainingModule):
         for name in freeze:
             self._freeze_by_name(name)
         width = transformer.config.action_dim or 1
+        if (action_mean is None) != (action_std is None):
+            raise ValueError(f"action_mean {action_mean!r} and action_std {action_std!r} belong together")
+        self.normalizes = action_mean is not None
         self.register_buffer("action_mean", _row(action_mean, 0.0, width, "action_mean"), persistent=False)
         self.register_buffer("action_std", _row(action_std, 1.0, width, "action_std"), persistent=False)
         if (self.action_std <= 0).any():
@@ -135,9 +138,9 @@ class TransformerModule(TrainingModule):
         if transformer.config.action_dim is not None:
             actions = batch.get("actions")
             if actions is None or actions.shape[-1] != transformer.config.action_dim:
-                found = "none" if actions is None else f"{actions.shape[-1]} of them"
+                found = "none" if actions is None else f"actions of size {actions.shape[-1]}"
                 raise ValueError(
-                    f"the transformer takes {transformer.config.action_dim} action values a frame, the batch has {found}"
+                    f"the transformer takes actions of size {transformer.config.action_dim}, the batch has {found}"
                 )
             added = transformer.embed_actions(layout.slot_actions(self.normalize_actions(actions), future))
             positions = layout.slot_positions(future, tokens.device)
@@ -208,6 +211,13 @@ class TransformerModule(TrainingModule):
             top_k=top_k,
             generator=generator,
         ).video
+
+    @property
+    def action_statistics(self) -> dict[str, list[float]]:
+        """The normalisation as the side file of a world model holds it; empty where there is none."""
+        if not self.normalizes:
+            return {}
+        return {"action_mean": self.action_mean.tolist(), "action_std": self.action_std.tolist()}
 
     def normalize_actions(self, actions: Tensor) -> Tensor:
         """Recorded ``actions`` (B, T, A) as the transformer gets them."""
