@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ivideogpt.drawing import gif_bytes, png_bytes, strip
+from ivideogpt.drawing import gif_bytes, png_bytes
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,16 @@ class Metric:
     label: str
     digits: int
     higher_is_better: bool
+    scale: float = 1.0  # the score is multiplied by it
 
 
-METRICS = (Metric("psnr", "PSNR, dB", 2, True), Metric("ssim", "SSIM", 3, True), Metric("mse", "MSE × 1000", 2, False))
+METRICS = (
+    Metric("psnr", "PSNR, dB", 2, True),
+    Metric("ssim", "SSIM", 3, True),
+    Metric("mse", "MSE × 1000", 2, False, 1000.0),
+)
+
+ERROR_GAIN = 3  # a good prediction's error is hard to see at its true brightness
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class Report:
     rows: Sequence[Row]
     examples: Sequence[Example]
     notes: Sequence[str] = ()  # below the table: protocol and what the columns are
+    checks: Sequence[Sequence[str]] = ()  # a second table as text, its heading row first
     loss: Sequence[tuple[float, float]] = ()  # (update, training loss)
     commands: Sequence[tuple[str, str]] = ()  # (what it does, the command or code)
 
@@ -105,8 +113,9 @@ def render(report: Report) -> str:
         report=report,
         metrics=METRICS,
         best=best,
+        error_gain=ERROR_GAIN,
         cards=[_card(example) for example in report.examples],
-        loss_chart=line_chart([Series("training loss", report.loss, "prediction")], "update") if report.loss else "",
+        loss_chart=line_chart([Series("training loss", report.loss, "prediction")], "update", 960, 200),
     )
 
 
@@ -124,11 +133,13 @@ def _card(example: Example) -> dict[str, object]:
         truth = [(float(t), float(reward)) for t, reward in enumerate(example.true_rewards)]
         predicted = [(float(t0 + i), float(reward)) for i, reward in enumerate(example.predicted_rewards)]
         chart = line_chart([Series("true", truth, "truth"), Series("predicted", predicted, "prediction")], "frame")
-    comparison = strip(example.truth, example.prediction, example.context_length)
+    error = np.abs(example.truth.astype(np.int16) - example.prediction) * ERROR_GAIN
+    rows = [example.truth, example.prediction, error.clip(0, 255).astype(np.uint8)]
+    # Plain pixels: the page enlarges and captions them.
     return {
         "example": example,
-        "gif": data_uri(gif_bytes(example.truth, example.prediction, scale=2), "image/gif"),
-        "strip": data_uri(png_bytes(comparison), "image/png"),
+        "gif": data_uri(gif_bytes(np.concatenate(rows, axis=2)), "image/gif"),
+        "strip": data_uri(png_bytes(np.concatenate([np.concatenate(list(row), axis=1) for row in rows])), "image/png"),
         "frames": len(example.truth),
         "rewards": chart,
     }
@@ -194,7 +205,7 @@ def line_chart(series: Sequence[Series], x_label: str, width: int = 420, height:
 
 
 def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> tuple[float, ...]:
-    """Round values from at or below `low` to at or above `high`, about `count` steps of 1, 2 or 5 times a power of ten."""
+    """Round values around `low`..`high`, about `count` steps of 1, 2 or 5 times a power of ten apart."""
     if high <= low:
         low, high = low - 0.5, high + 0.5
     step = 10.0 ** math.floor(math.log10((high - low) / count))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,13 +45,15 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--output {args.output} ends in {output.suffix!r}; choose one of {', '.join(FORMATS)}")
     if not output.parent.is_dir():
         raise ValueError(f"--output {args.output}: there is no folder {output.parent}")
+    if output.suffix.lower() == ".mp4" and importlib.util.find_spec("av") is None:
+        raise ValueError("writing .mp4 needs PyAV: pip install 'ivideogpt[video]', or choose .gif or .png")
     episode = read_episode(args.input, args.episode)
 
     import torch
 
     import ivideogpt
     from ivideogpt.data.transforms import fit_uint8, to_float
-    from ivideogpt.drawing import comparison_gif, comparison_mp4, comparison_png
+    from ivideogpt.drawing import save_comparison
     from ivideogpt.metrics.video import mse, psnr, ssim
 
     wm = ivideogpt.from_pretrained(args.model, revision=args.revision, device=args.device, dtype=args.dtype)
@@ -64,13 +65,13 @@ def run(args: argparse.Namespace) -> None:
             f"{args.input} has {len(episode)} frames; frames {args.start} to {stop - 1} are needed"
             f" ({t0} given and {horizon} predicted from --start {args.start})"
         )
-    frames = torch.from_numpy(episode.video[args.start : stop]).permute(0, 3, 1, 2)  # (T, C, H, W) uint8
+    frames = torch.from_numpy(episode.video[args.start : stop].copy()).permute(0, 3, 1, 2)  # (T, C, H, W) uint8
     truth = to_float(fit_uint8(frames, wm.config.tokenizer.resolution))[None]  # (1, T, C, S, S)
     actions = None
     if wm.config.action_dim is not None:
         if episode.actions is None:
             raise ValueError(f"{args.input} has no actions, and {args.model} needs {wm.config.action_dim} a frame")
-        actions = torch.from_numpy(episode.actions[args.start : stop])[None]
+        actions = torch.from_numpy(episode.actions[args.start : stop].copy())[None]
     generator = torch.Generator(wm.device).manual_seed(args.seed)
     pred = wm.rollout(
         truth[:, :t0].to(wm.device),
@@ -81,8 +82,7 @@ def run(args: argparse.Namespace) -> None:
         generator=generator,
     )
     video = pred.video.cpu()
-    write = {".gif": comparison_gif, ".mp4": comparison_mp4, ".png": comparison_png}[output.suffix.lower()]
-    write_whole(output, lambda path: write(path, truth[0], video[0], t0))
+    save_comparison(output, truth[0], video[0], t0)
 
     future, last = truth[:, t0:], truth[:, t0 - 1 : t0].expand(-1, horizon, -1, -1, -1)
     print(f"{output}: {horizon} frames predicted from {t0}")
@@ -119,19 +119,6 @@ def read_episode(source: str, key: str | None) -> Episode:
     episode = shards.episode(keys.index(key) if key in keys else int(key))
     assert episode is not None  # the set's policy is to raise
     return episode
-
-
-def write_whole(path: Path, write: Any) -> None:
-    """Calls `write(temporary path)` and moves the result into place, so that an older file stays until then."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _default_horizon(available: int, wm: Any) -> int:
