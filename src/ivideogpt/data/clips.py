@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from ivideogpt.data.codec import CorruptRecord, Record
+from ivideogpt.data.codec import CorruptRecordError, Record
 from ivideogpt.data.mixtures import Mixture
 from ivideogpt.data.reader import ShardSet
 from ivideogpt.data.segments import clip_indices, even_starts, frame_stride, gather_rows
@@ -84,7 +84,7 @@ class _Clips(Dataset[dict[str, Any]]):
         if record is not None:
             try:
                 return {"key": shards.key(index)} | cut_clip(record, self.settings, start, rng())
-            except CorruptRecord as error:
+            except CorruptRecordError as error:
                 shards.bad(index, error)
         self.skips += 1
         return None
@@ -141,7 +141,7 @@ class FixedClips(_Clips):
         clip = self._get(position)
         if clip is None:
             raise RuntimeError(f"validation clip {position} went bad after the set was checked")
-        return clip | {"clip": position}
+        return clip
 
 
 class PositionSampler(DistributedSampler):
@@ -200,10 +200,12 @@ class ExactSampler(DistributedSampler):
 
 
 def collate(clips: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks clips into a batch: video (B,T,C,H,W) uint8, actions (B,T,A), rewards (B,T), clip (B,), key list."""
-    batch: dict[str, Any] = {"key": [clip["key"] for clip in clips]}
-    batch["clip"] = torch.tensor([clip["clip"] for clip in clips], dtype=torch.int64)
-    for name in ("video", "actions", "rewards"):
-        if name in clips[0]:
-            batch[name] = torch.stack([clip[name] for clip in clips])
-    return batch
+    """Stacks clips: video (B,T,C,H,W) uint8, actions (B,T,A), rewards (B,T), clip (B,) in training, key list of B."""
+    batch: dict[str, Any] = {
+        name: torch.stack([clip[name] for clip in clips])
+        for name in ("video", "actions", "rewards")
+        if name in clips[0]
+    }
+    if "clip" in clips[0]:
+        batch["clip"] = torch.tensor([clip["clip"] for clip in clips], dtype=torch.int64)
+    return batch | {"key": [clip["key"] for clip in clips]}

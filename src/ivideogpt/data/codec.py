@@ -41,7 +41,7 @@ _DTYPES = {"U8": np.uint8, "I64": np.int64, "F32": np.float32}
 _MAX_HEADER = 16 * 2**20  # bytes; a larger header is a corrupt length, not an episode
 
 
-class CorruptRecord(ValueError):
+class CorruptRecordError(ValueError):
     """A record whose bytes cannot be what the writer wrote."""
 
 
@@ -59,16 +59,16 @@ def decode_block(data: bytes, shape: Sequence[int]) -> np.ndarray:
     """Decompresses one block into frames of `shape` (frames, H, W, C).
 
     Raises:
-        CorruptRecord: The bytes are not a block of that shape.
+        CorruptRecordError: The bytes are not a block of that shape.
     """
     size = int(np.prod(shape))
     inflater = zlib.decompressobj()
     try:
         raw = inflater.decompress(data, size)  # the limit keeps a hostile block from filling the memory
     except zlib.error as error:
-        raise CorruptRecord(f"bad image block: {error}") from error
+        raise CorruptRecordError(f"bad image block: {error}") from error
     if len(raw) != size or (not inflater.eof and inflater.decompress(inflater.unconsumed_tail, 1)) or not inflater.eof:
-        raise CorruptRecord(f"bad image block: {len(raw)} bytes where shape {tuple(shape)} needs {size}")
+        raise CorruptRecordError(f"bad image block: {len(raw)} bytes where shape {tuple(shape)} needs {size}")
     return np.add.accumulate(np.frombuffer(raw, np.uint8).reshape(shape), axis=0, dtype=np.uint8)
 
 
@@ -125,13 +125,13 @@ class Record:
         """Reads the header and the small tensors of a record of `size` bytes and checks them.
 
         Raises:
-            CorruptRecord: Anything that an intact record cannot hold.
+            CorruptRecordError: Anything that an intact record cannot hold.
         """
         if size < 8:
-            raise CorruptRecord(f"{size} bytes are too few for a record")
+            raise CorruptRecordError(f"{size} bytes are too few for a record")
         (header_size,) = struct.unpack("<Q", read(0, 8))
         if header_size > min(size - 8, _MAX_HEADER):
-            raise CorruptRecord(f"header of {header_size} bytes in a record of {size}")
+            raise CorruptRecordError(f"header of {header_size} bytes in a record of {size}")
         try:
             entries = json.loads(read(8, header_size))
             header = json.loads(entries.pop("__metadata__")["episode"])
@@ -146,15 +146,15 @@ class Record:
             expected = -(-shape[0] // header["block_length"]) + 1
             bad_offsets = len(offsets) != expected or offsets[0] != 0 or (np.diff(offsets) <= 0).any()
             if bad_offsets or offsets[-1] != blocks_end - blocks_at:
-                raise CorruptRecord(f"block offsets {offsets.tolist()[:4]}... do not fit a video of shape {shape}")
+                raise CorruptRecordError(f"block offsets {offsets.tolist()[:4]}... do not fit a video of shape {shape}")
             if header["codec"] != CODEC:
-                raise CorruptRecord(f"codec {header['codec']!r} is not known (known: {CODEC!r})")
+                raise CorruptRecordError(f"codec {header['codec']!r} is not known (known: {CODEC!r})")
             if header["checksum"] != _checksum(tensors):
-                raise CorruptRecord("checksum of actions, rewards and terminations differs")
-        except CorruptRecord:
+                raise CorruptRecordError("checksum of actions, rewards and terminations differs")
+        except CorruptRecordError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise CorruptRecord(f"unreadable header: {type(error).__name__}: {error}") from error
+            raise CorruptRecordError(f"unreadable header: {type(error).__name__}: {error}") from error
         return cls(read, size, header, tensors, 8 + header_size + blocks_at)
 
     def __len__(self) -> int:
@@ -165,11 +165,11 @@ class Record:
 
         Raises:
             IndexError: A frame that the episode does not have.
-            CorruptRecord: A block that is not what was written.
+            CorruptRecordError: A block that is not what was written.
         """
         wanted = np.asarray(indices, dtype=np.int64)
         length, height, width, channels = self.header["shape"]
-        if wanted.size and not (0 <= wanted.min() and wanted.max() < length):
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < length):
             raise IndexError(f"frames {wanted.tolist()} of an episode of {length}")
         block_length, offsets = self.header["block_length"], self.tensors["block_offsets"]
         out = np.empty((len(wanted), height, width, channels), np.uint8)
@@ -185,7 +185,7 @@ class Record:
         """Decodes everything.
 
         Raises:
-            CorruptRecord: A bad block, or values that no episode may hold.
+            CorruptRecordError: A bad block, or values that no episode may hold.
         """
         header, tensors = self.header, self.tensors
         try:
@@ -201,7 +201,7 @@ class Record:
                 metadata=header["metadata"],
             )
         except (KeyError, TypeError) as error:
-            raise CorruptRecord(f"unreadable record: {error}") from error
+            raise CorruptRecordError(f"unreadable record: {error}") from error
 
 
 def decode_episode(data: bytes) -> Episode:
@@ -214,5 +214,5 @@ def _span(entry: dict[str, Any], limit: int) -> tuple[int, int]:
     begin, end = entry["data_offsets"]
     size = int(np.prod(entry["shape"], dtype=np.int64)) * np.dtype(_DTYPES[entry["dtype"]]).itemsize
     if not 0 <= begin <= end <= limit or end - begin != size:
-        raise CorruptRecord(f"tensor at {begin}..{end} with shape {entry['shape']} in {limit} bytes")
+        raise CorruptRecordError(f"tensor at {begin}..{end} with shape {entry['shape']} in {limit} bytes")
     return begin, end

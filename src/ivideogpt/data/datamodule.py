@@ -1,8 +1,8 @@
 """The Lightning data module: shard sets in, batches of clips out, resumable at the exact clip.
 
 A batch is a dict: `video` float32 (B, T, C, H, W) in [0, 1], `actions` float32 (B, T, A) and `rewards` float32 (B, T)
-where the set has them, `key` (list of B episode keys) and `clip` int64 (B,), the clips' global numbers. Frames travel
-as uint8 and become floats, augmented in training, in `on_after_batch_transfer`, on the device.
+where the set has them, `key` (list of B episode keys) and, in training, `clip` int64 (B,), the clips' global numbers.
+Frames travel as uint8 and become floats, training clips also augmented, in `on_after_batch_transfer`, on the device.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import lightning as L  # noqa: N812
+import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
@@ -85,7 +85,7 @@ class VideoDataModule(L.LightningDataModule):
         if segment_length <= context_length or context_length < 1:
             raise ValueError(f"segment_length {segment_length} must exceed context_length {context_length} >= 1")
         if batch_size < 1 or num_workers < 0 or resolution < 1:
-            raise ValueError(f"batch_size {batch_size}, num_workers {num_workers} or resolution {resolution} is too low")
+            raise ValueError(f"too low: batch_size {batch_size}, num_workers {num_workers}, resolution {resolution}")
         if holdout_every is not None and (holdout_every < 2 or val is not None):
             raise ValueError(f"holdout_every is {holdout_every}: it needs val=None and at least 2")
         if seed < 0:
@@ -97,20 +97,21 @@ class VideoDataModule(L.LightningDataModule):
         self.val_clips_per_episode = val_clips_per_episode
         self.policy, self.verify = policy, verify
         self.augmentation = Augmentation() if augment else None
-        common: dict[str, Any] = dict(
-            resolution=resolution,
-            stride=stride,
-            target_rate=target_rate,
-            horizon=horizon,
-            goal=goal,
-            actions=use_actions,
-            rewards=use_rewards,
-        )
+        common: dict[str, Any] = {
+            "resolution": resolution,
+            "stride": stride,
+            "target_rate": target_rate,
+            "horizon": horizon,
+            "goal": goal,
+            "actions": use_actions,
+            "rewards": use_rewards,
+        }
         self.train_settings = ClipSettings(segment_length, shuffle=shuffle_frames, **common)
         self.val_settings = ClipSettings(val_segment_length or segment_length, **common)
         self._mixtures: tuple[Mixture, Mixture | None] | None = None
         self._train_clips: TrainingClips | None = None
         self._val_clips: FixedClips | None = None
+        self._skipped_at_open = 0
         self._start, self._taken = 0, 0  # first clip of this run; batches trained on since
 
     # --- sets ---
@@ -138,6 +139,7 @@ class VideoDataModule(L.LightningDataModule):
         if not names or len(set(names)) != len(names):
             raise ValueError(f"name one or more different shard sets, got {names}")
         sets = {name: ShardSet(name, self.policy, self.verify) for name in names}
+        self._skipped_at_open += sum(len(shards.skipped) for shards in sets.values())
         return Mixture(sets, source if isinstance(source, Mapping) else None)
 
     def _common(self, field: str, what: str, wanted: bool) -> Any:
@@ -180,10 +182,9 @@ class VideoDataModule(L.LightningDataModule):
 
     @property
     def skipped(self) -> int:
-        """How often a bad record was met and skipped so far, over all workers of this rank."""
-        at_open = sum(len(s.skipped) for m in self.mixtures() if m is not None for s in m.sets.values())
-        clips = [clips for clips in (self._train_clips, self._val_clips) if clips is not None]
-        return max(at_open, sum(int(c.skips) for c in clips))
+        """Records found bad when the sets were opened, and reads of bad ones since, over all workers of this rank."""
+        self.mixtures()
+        return self._skipped_at_open + sum(int(c.skips) for c in (self._train_clips, self._val_clips) if c is not None)
 
     # --- loaders ---
 
@@ -222,26 +223,25 @@ class VideoDataModule(L.LightningDataModule):
 
     def loader_options(self) -> dict[str, Any]:
         """Arguments that the loaders share."""
-        return dict(
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+        return {
+            "num_workers": self.num_workers,
+            "collate_fn": collate,
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": self.num_workers > 0,
+        }
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int = 0) -> dict[str, Any]:
         """Turns uint8 frames into floats and augments training clips, each from (seed, clip number)."""
-        training = self.trainer is None or self.trainer.training
-        if training:
-            self._taken += 1
         video = to_float(batch["video"])
-        if training and self.augmentation is not None:
-            numbers = batch["clip"].tolist()
-            clips = [
-                augment(clip, self.augmentation, (self.seed, number, 5), self.resolution)
-                for clip, number in zip(video, numbers, strict=True)
-            ]
-            video = torch.stack(clips)
+        if "clip" in batch:  # only training clips have a number
+            self._taken += 1
+            if self.augmentation is not None:
+                numbers = batch["clip"].tolist()
+                clips = [
+                    augment(clip, self.augmentation, (self.seed, number, 5), self.resolution)
+                    for clip, number in zip(video, numbers, strict=True)
+                ]
+                video = torch.stack(clips)
         return batch | {"video": video}
 
     # --- position ---
@@ -251,7 +251,7 @@ class VideoDataModule(L.LightningDataModule):
         """Number of the first clip that has not been trained on (batches that are only prefetched do not count)."""
         taken = self._taken
         if self.trainer is not None and self.trainer.training:
-            progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
             taken -= progress.ready > progress.processed  # a batch whose update has not happened yet
         return self._start + max(taken, 0) * self.batch_size * _rank_and_world(self.trainer)[1]
 
@@ -263,8 +263,8 @@ class VideoDataModule(L.LightningDataModule):
         """Continues at the position of a checkpoint; the batch size and the number of ranks may differ."""
         if state_dict["seed"] != self.seed:
             raise ValueError(
-                f"the checkpoint was made with data seed {state_dict['seed']}, this run has {self.seed}: the clips would "
-                "not be the ones that follow"
+                f"the checkpoint was made with data seed {state_dict['seed']}, this run has {self.seed}: "
+                "its clips would not be the ones that follow"
             )
         self._start, self._taken = int(state_dict["position"]), 0
 

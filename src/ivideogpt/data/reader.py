@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ivideogpt.data.codec import CorruptRecord, Record
+from ivideogpt.data.codec import CorruptRecordError, Record
 from ivideogpt.data.episode import Episode
 from ivideogpt.data.shards import FORMAT, KEY_PATTERN, MANIFEST, MEMBER_SUFFIX, SCHEMA_VERSION
 
@@ -138,15 +138,17 @@ class ShardSet:
         def read(begin: int, count: int) -> bytes:
             data = self._read(path, offset + begin, count) if begin + count <= size else b""
             if len(data) != count:
-                raise CorruptRecord(f"{begin}..{begin + count} lies beyond the record's {size} bytes")
+                raise CorruptRecordError(f"{begin}..{begin + count} lies beyond the record's {size} bytes")
             return data
 
         try:
             record = Record.open(read, size)
             shape = (len(record), record.header["shape"][1:3])
             if shape != (entry["frames"], entry["resolution"]):
-                raise CorruptRecord(f"it holds {shape}, the manifest says {(entry['frames'], entry['resolution'])}")
-        except (CorruptRecord, OSError) as error:
+                raise CorruptRecordError(
+                    f"it holds {shape}, the manifest says {(entry['frames'], entry['resolution'])}"
+                )
+        except (CorruptRecordError, OSError) as error:
             self.bad(index, error)
             return None
         return record
@@ -218,7 +220,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
                     raise ShardError(f"{path}: episode key {member['key']!r} is not allowed")
                 if member["key"] in keys:
                     raise ShardError(f"{path}: episode key {member['key']!r} appears twice")
-                if not (0 <= member["offset"] and 0 < member["size"] <= shard["size"] - member["offset"]):
+                if not (member["offset"] >= 0 and 0 < member["size"] <= shard["size"] - member["offset"]):
                     raise ShardError(f"{path}: episode {member['key']!r} lies outside its shard")
                 keys.add(member["key"])
                 found["episodes"] += 1

@@ -1,7 +1,7 @@
 """Which frames of an episode make a clip: pure functions of lengths, rates and a random generator.
 
-An episode of `length` frames is thinned by a stride; a window of `horizon` strided frames is placed at a start frame; of
-the window all frames, or a random selection in order of time, are the clip. A goal-conditioned clip has its own last
+An episode of `length` frames is thinned by a stride; a window of `horizon` strided frames is placed at a start frame;
+of the window all frames, or a random selection in order of time, are the clip. A goal-conditioned clip has its own last
 frame in front. Where the episode is too short the stride shrinks first, then the last frame is repeated.
 """
 
@@ -69,9 +69,8 @@ def clip_indices(
         raise ValueError(f"horizon {window} is shorter than the {body} frames to select from it")
     stride = shrink_stride(stride, length, window)
     latest = last_start(length, window, stride)
-    if start is None or window > body or shuffle:
-        if rng is None:
-            raise ValueError("a random start, selection or order needs rng")
+    if (start is None or window > body or shuffle) and rng is None:
+        raise ValueError("a random start, selection or order needs rng")
     if start is None:
         assert rng is not None
         start = int(rng.integers(latest + 1))

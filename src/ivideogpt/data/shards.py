@@ -14,7 +14,6 @@ import io
 import json
 import os
 import re
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -58,7 +57,7 @@ class ShardSetWriter:
         name: str = "episodes",
         shard_bytes: int = 256 * 2**20,
         overwrite: bool = False,
-        command: str | None = None,
+        command: str = "",
         extra: dict[str, Any] | None = None,
     ) -> None:
         self.out = Path(out)
@@ -67,7 +66,7 @@ class ShardSetWriter:
         if (self.out / MANIFEST).exists() and not overwrite:
             raise ValueError(f"{self.out} holds a shard set already; choose another folder or overwrite it")
         self.name, self.shard_bytes = name, shard_bytes
-        self.command = " ".join(sys.argv) if command is None else command
+        self.command = command
         self.extra = extra or {}
         self._shards: list[dict[str, Any]] = []
         self._members: list[dict[str, Any]] = []
@@ -84,18 +83,24 @@ class ShardSetWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        try:
-            if kind is None:
-                self._commit()
-        except BaseException as failure:
-            self._abort()
-            if isinstance(failure, OSError):
-                raise _explain(failure, self.out) from failure
-            raise
         if kind is not None:
             self._abort()
-            if isinstance(error, OSError) and error.errno is not None:
-                raise _explain(error, self.out) from error
+            return
+        try:
+            with self._explained():
+                self._commit()
+        except BaseException:
+            self._abort()
+            raise
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Says what a failed write (a full disk, say) means for the set."""
+        try:
+            yield
+        except OSError as error:
+            message = f"could not write the shard set ({error.strerror or error}); nothing was changed"
+            raise OSError(error.errno, message, str(self.out)) from error
 
     def write(self, key: str, episode: Episode) -> None:
         """Encodes and appends one episode."""
@@ -107,19 +112,26 @@ class ShardSetWriter:
             raise ValueError(f"episode key {key!r} may hold letters, digits, '-' and '_' only, at most 81 of them")
         if key in self._keys:
             raise ValueError(f"two episodes have the key {key!r}")
-        if self._tar is None:
-            self._file = open(self._partial(len(self._shards)), "wb")
-            # mtime=0: equal input gives equal shards, and no extended header, which would double the reading time.
-            self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0)
-        assert self._file is not None
-        offset = self._tar.tarstream.offset + tarfile.BLOCKSIZE
-        self._tar.write({"__key__": key, MEMBER_SUFFIX[1:]: data})
+        with self._explained():
+            offset = self._append(key, data)
         self._keys.add(key)
         for name, stats in self._stats.items():
             stats.add(info.pop(name))
         self._members.append({"key": key, "offset": offset, "size": len(data), "crc32": zlib.crc32(data)} | info)
         if offset + len(data) >= self.shard_bytes:
-            self._close_shard()
+            with self._explained():
+                self._close_shard()
+
+    def _append(self, key: str, data: bytes) -> int:
+        """Writes one member to the open shard and returns where its bytes begin."""
+        if self._tar is None:
+            self._file = open(self._partial(len(self._shards)), "wb")  # noqa: SIM115 - open across calls
+            # mtime=0: equal input gives equal shards, and no extended header, which would double the reading time.
+            self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0)
+        assert self._file is not None
+        offset = self._tar.tarstream.offset + tarfile.BLOCKSIZE
+        self._tar.write({"__key__": key, MEMBER_SUFFIX[1:]: data})
+        return offset
 
     def _partial(self, index: int) -> Path:
         return self.out / f".{self.name}-{index:06d}.tar.partial"
@@ -144,12 +156,12 @@ class ShardSetWriter:
         if not self._shards:
             raise ValueError(f"no episode was written to {self.out}; an empty set is refused")
         old = set(_listed_shards(self.out))
-        # Shards of the old set must stay until the manifest is replaced, so clashing names get the content's hash.
-        tag = f"-{self._shards[0]['sha256'][:8]}" if any(name.startswith(f"{self.name}-0") for name in old) else ""
-        names = [f"{self.name}{tag}-{index:06d}.tar" for index in range(len(self._shards))]
+        names = [f"{self.name}-{index:06d}.tar" for index in range(len(self._shards))]
+        if old & set(names):  # the old shards must stay until the manifest is replaced: put the content into the name
+            content = hashlib.sha256("".join(shard["sha256"] for shard in self._shards).encode()).hexdigest()[:8]
+            names = [f"{self.name}-{content}-{index:06d}.tar" for index in range(len(self._shards))]
         for index, (name, shard) in enumerate(zip(names, self._shards, strict=True)):
-            if name not in old:  # otherwise the same content under the same hash is there already
-                os.replace(self._partial(index), self.out / name)
+            os.replace(self._partial(index), self.out / name)
             self._shards[index] = {"name": name} | shard
         write_json(self.out / MANIFEST, self._manifest())
         for name in old - set(names):
@@ -157,9 +169,11 @@ class ShardSetWriter:
         self._remove_partials()
 
     def _abort(self) -> None:
-        if self._file is not None:
+        if self._tar is not None and self._file is not None:
+            self._tar.tarstream.fileobj.fileobj = io.BytesIO()  # what is still buffered goes nowhere
             with contextlib.suppress(OSError):
                 self._file.close()
+            self._tar.close()
         listed = set(_listed_shards(self.out))
         for shard in self._shards:
             if "name" in shard and shard["name"] not in listed:
@@ -267,24 +281,9 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(aside, path)
 
 
-def iterate_records(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yields key and bytes of every record of one tar, without a manifest."""
-    with tarfile.open(path) as tar:
-        for member in tar:
-            stream = tar.extractfile(member)
-            if stream is not None and member.name.endswith(MEMBER_SUFFIX):
-                yield member.name.removesuffix(MEMBER_SUFFIX), stream.read()
-
-
 def _listed_shards(folder: Path) -> list[str]:
     """Names of the shards of the set that is in a folder now; none if there is no readable manifest."""
     try:
         return [str(shard["name"]) for shard in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["shards"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-
-
-def _explain(error: OSError, out: Path) -> OSError:
-    """The same error with what it means for the set."""
-    reason = error.strerror or str(error)
-    return OSError(error.errno, f"could not write the shard set ({reason}); nothing was changed", str(out))

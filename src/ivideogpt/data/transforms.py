@@ -11,7 +11,7 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as every image library weighs grey
 
@@ -119,7 +119,7 @@ def to_float(video: Tensor) -> Tensor:
 
 
 def to_uint8(video: Tensor) -> Tensor:
-    """float [0, 1] -> uint8, rounded."""
+    """Float [0, 1] -> uint8, rounded."""
     return (video * 255).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -23,7 +23,7 @@ def choose_gl() -> str:
 
     Raises:
         ImportError: mujoco is not installed.
-        RuntimeError: Neither works.
+        OSError: Neither works.
     """
     if chosen := os.environ.get("MUJOCO_GL"):
         return chosen
@@ -38,7 +38,7 @@ def choose_gl() -> str:
         failures.append(f"{name}: {lines[-1] if lines else f'exit status {result.returncode}'}")
     if any("No module named 'mujoco'" in failure for failure in failures):
         raise ImportError("rendering needs MuJoCo; install it with: pip install 'ivideogpt[envs]'")
-    raise RuntimeError(
+    raise OSError(
         "no off-screen OpenGL works (" + "; ".join(failures) + "); on Debian or Ubuntu install "
         "libegl1 and libgl1-mesa-dri (EGL) or libosmesa6 (OSMesa)"
     )
