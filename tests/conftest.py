@@ -12,9 +12,8 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from ivideogpt.config import WorldModelConfig
     from ivideogpt.world_model import WorldModel
-
-GOLDEN_NAMES = ("oxe-64-act-free", "bair-64-act-cond")
 
 
 @pytest.fixture(scope="session")
@@ -50,9 +49,30 @@ def golden(shared: Path) -> Callable[[str], Golden]:
     return load
 
 
-@pytest.fixture
-def tiny_world_model() -> Callable[..., WorldModel]:
-    """``tiny_world_model(action_dim=None, reward=False, ...)`` gives a random world model of some 40k parameters."""
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., WorldModelConfig]:
+    """Smallest world model configuration that has every part: 32 px, 8 x 8 grid, 64 + 4 tokens a frame."""
+
+    def build(action_dim: int | None = None, reward: bool = False, **tokenizer: Any) -> WorldModelConfig:
+        from ivideogpt.config import RewardHeadConfig, TokenizerConfig, TransformerConfig, WorldModelConfig
+
+        fields: dict[str, Any] = dict(
+            resolution=32, block_channels=(8, 32, 32), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+            codebook_size=32, dynamics_codebook_size=48, patch_size=4, context_length=2,
+        )  # fmt: skip
+        tokens = TokenizerConfig(**{**fields, **tokenizer})
+        transformer = TransformerConfig(
+            vocab_size=tokens.vocab_size, num_layers=2, num_heads=2, embed_dim=32, mlp_dim=48, max_positions=256,
+            action_dim=action_dim,
+        )  # fmt: skip
+        return WorldModelConfig(tokens, transformer, RewardHeadConfig(32) if reward else None)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_world_model(tiny_config: Callable[..., WorldModelConfig]) -> Callable[..., WorldModel]:
+    """``tiny_world_model(action_dim=None, reward=False, seed=0, ...)`` gives a random world model in eval mode."""
 
     def build(action_dim: int | None = None, reward: bool = False, seed: int = 0, **tokenizer: Any) -> WorldModel:
         from ivideogpt.world_model import WorldModel
@@ -66,22 +86,6 @@ def tiny_world_model() -> Callable[..., WorldModel]:
         return model.eval()
 
     return build
-
-
-def tiny_config(action_dim: int | None = None, reward: bool = False, **tokenizer: Any) -> Any:
-    """Smallest world model configuration that has every part: 32 px, 8 x 8 grid, 64 + 4 tokens a frame."""
-    from ivideogpt.config import RewardHeadConfig, TokenizerConfig, TransformerConfig, WorldModelConfig
-
-    fields: dict[str, Any] = dict(
-        resolution=32, block_channels=(8, 32, 32), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-        codebook_size=32, dynamics_codebook_size=48, patch_size=4, context_length=2,
-    )  # fmt: skip
-    tokens = TokenizerConfig(**{**fields, **tokenizer})
-    transformer = TransformerConfig(
-        vocab_size=tokens.vocab_size, num_layers=2, num_heads=2, embed_dim=32, mlp_dim=48, max_positions=256,
-        action_dim=action_dim,
-    )  # fmt: skip
-    return WorldModelConfig(tokens, transformer, RewardHeadConfig(32) if reward else None)
 
 
 @pytest.fixture(autouse=True)
