@@ -58,7 +58,7 @@ def tiny_config() -> Callable[..., WorldModelConfig]:
 
         fields: dict[str, Any] = dict(
             resolution=32, block_channels=(8, 32, 32), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-            codebook_size=32, dynamics_codebook_size=48, patch_size=4, context_length=2,
+            codebook_size=32, dynamics_codebook_size=48, patch_size=4, max_attention_resolution=8, context_length=2,
         )  # fmt: skip
         tokens = TokenizerConfig(**{**fields, **tokenizer})
         transformer = TransformerConfig(
@@ -90,5 +90,5 @@ def tiny_world_model(tiny_config: Callable[..., WorldModelConfig]) -> Callable[.
 
 @pytest.fixture(autouse=True)
 def _few_threads() -> None:
-    """Two threads: the results of float32 sums do not depend on the machine's number of cores."""
-    torch.set_num_threads(2)
+    """Two threads unless the environment says otherwise: float32 sums do not depend on the number of cores."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
