@@ -34,9 +34,7 @@ class TransformerOutput:
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of ``logits`` (B, L, V) against ``labels`` (B, L) shifted by one, -100 left out; float32."""
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
-    )
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
 
 
 class RMSNorm(nn.Module):
