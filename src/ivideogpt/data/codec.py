@@ -64,11 +64,11 @@ def decode_block(data: bytes, shape: Sequence[int]) -> np.ndarray:
     size = int(np.prod(shape))
     inflater = zlib.decompressobj()
     try:
-        raw = inflater.decompress(data, size)  # the limit keeps a hostile block from filling the memory
+        raw = inflater.decompress(data, size + 1)  # the limit keeps a hostile block from filling the memory
     except zlib.error as error:
         raise CorruptRecordError(f"bad image block: {error}") from error
-    if len(raw) != size or (not inflater.eof and inflater.decompress(inflater.unconsumed_tail, 1)) or not inflater.eof:
-        raise CorruptRecordError(f"bad image block: {len(raw)} bytes where shape {tuple(shape)} needs {size}")
+    if len(raw) != size or not inflater.eof:
+        raise CorruptRecordError(f"bad image block: it does not hold the {size} bytes of shape {tuple(shape)}")
     return np.add.accumulate(np.frombuffer(raw, np.uint8).reshape(shape), axis=0, dtype=np.uint8)
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 
 from ivideogpt.data.codec import BLOCK_LENGTH, CODEC, encode_episode
 from ivideogpt.data.episode import Episode
@@ -42,7 +41,8 @@ class ShardSetWriter:
     Args:
         out: Folder of the set, created if absent.
         name: Prefix of the shard files.
-        shard_bytes: A shard is closed when it holds at least this many bytes of records.
+        shard_bytes: A shard is closed when it holds at least this many bytes ...
+        shard_episodes: ... or this many episodes.
         overwrite: Replace a set that is there already.
         command: The command line that makes the set; kept in the manifest.
         extra: Further JSON for the manifest (fidelity, options, ...).
@@ -56,6 +56,7 @@ class ShardSetWriter:
         out: str | os.PathLike[str],
         name: str = "episodes",
         shard_bytes: int = 256 * 2**20,
+        shard_episodes: int = 10_000,
         overwrite: bool = False,
         command: str = "",
         extra: dict[str, Any] | None = None,
@@ -65,7 +66,7 @@ class ShardSetWriter:
             raise ValueError(f"shard name {name!r} may hold letters, digits, '-' and '_' only")
         if (self.out / MANIFEST).exists() and not overwrite:
             raise ValueError(f"{self.out} holds a shard set already; choose another folder or overwrite it")
-        self.name, self.shard_bytes = name, shard_bytes
+        self.name, self.shard_bytes, self.shard_episodes = name, shard_bytes, shard_episodes
         self.command = command
         self.extra = extra or {}
         self._shards: list[dict[str, Any]] = []
@@ -73,7 +74,7 @@ class ShardSetWriter:
         self._keys: set[str] = set()
         self._stats = {"actions": _RunningStats(), "rewards": _RunningStats()}
         self._file: io.BufferedWriter | None = None
-        self._tar: webdataset.TarWriter | None = None
+        self._tar: Any = None  # webdataset.TarWriter
         self._made_folder = False
 
     def __enter__(self) -> ShardSetWriter:
@@ -118,12 +119,14 @@ class ShardSetWriter:
         for name, stats in self._stats.items():
             stats.add(info.pop(name))
         self._members.append({"key": key, "offset": offset, "size": len(data), "crc32": zlib.crc32(data)} | info)
-        if offset + len(data) >= self.shard_bytes:
+        if offset + len(data) >= self.shard_bytes or len(self._members) >= self.shard_episodes:
             with self._explained():
                 self._close_shard()
 
     def _append(self, key: str, data: bytes) -> int:
         """Writes one member to the open shard and returns where its bytes begin."""
+        import webdataset  # here, as it imports torch, which simulator processes do without
+
         if self._tar is None:
             self._file = open(self._partial(len(self._shards)), "wb")  # noqa: SIM115 - open across calls
             # mtime=0: equal input gives equal shards, and no extended header, which would double the reading time.

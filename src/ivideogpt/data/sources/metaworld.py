@@ -67,7 +67,7 @@ def collect(
         success_bonus: Added once to the reward of an agent step with a success.
         resolution: Frame height and width in pixels.
         overwrite: Replace a set that is in `out`.
-        progress: Called with (episodes done, episodes in all) after each.
+        progress: Called with (episodes done, episodes in all) at the start and after each.
 
     Returns:
         The folder.
@@ -113,10 +113,11 @@ def collect(
         command += [f"--{option.replace('_', '-')}", str(options[option])]
     extra = options | {"tasks": names, "noise": scales, "renderer": gl, "episodes_per_task": episodes}
     with ShardSetWriter(out, name="metaworld", overwrite=overwrite, command=shlex.join(command), extra=extra) as writer:
+        report = progress or (lambda done, total: None)
+        report(0, len(jobs))
         for done, (key, data, info) in enumerate(_results(jobs, workers), start=1):
             writer.write_encoded(key, data, info)
-            if progress is not None:
-                progress(done, len(jobs))
+            report(done, len(jobs))
     return Path(out)
 
 
