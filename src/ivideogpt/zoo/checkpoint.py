@@ -115,15 +115,19 @@ def load_parts(
     # configurations: from the files, and from the shapes of the layers that they do not mention
     weights = headers[TRANSFORMER_WEIGHTS]
     stored_action_dim = _action_dim(weights)
-    config = WorldModelConfig(
-        published.tokenizer_config(
-            fields[TOKENIZER_CONFIG], folder / TOKENIZER_CONFIG, extras.get("tokenizer_attention_dropout", 0.1)
-        ),
-        published.transformer_config(fields[TRANSFORMER_CONFIG], folder / TRANSFORMER_CONFIG, stored_action_dim),
+    tokenizer_config = published.tokenizer_config(
+        fields[TOKENIZER_CONFIG], folder / TOKENIZER_CONFIG, extras.get("tokenizer_attention_dropout", 0.1)
     )
+    transformer_config = published.transformer_config(
+        fields[TRANSFORMER_CONFIG], folder / TRANSFORMER_CONFIG, stored_action_dim
+    )
+    head_config = None
     if any(name.startswith("reward_linear.") for name in weights.shapes):
-        head_config = RewardHeadConfig(config.transformer.embed_dim, extras.get("reward_transform", "symlog"))
-        config = replace(config, reward_head=head_config)
+        head_config = RewardHeadConfig(transformer_config.embed_dim, extras.get("reward_transform", "symlog"))
+    try:
+        config = WorldModelConfig(tokenizer_config, transformer_config, head_config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     check_extras(extras, folder / SIDE_FILE, stored_action_dim)
 
     # modules without memory, compared with what the files hold before any is spent

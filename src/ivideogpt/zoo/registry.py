@@ -71,7 +71,7 @@ def entries() -> dict[str, ZooEntry]:
     """All entries by zoo name, sorted."""
     known = {item.name for item in fields(ZooEntry)}
     found = {}
-    for path in sorted(_ENTRIES.glob("*.yaml")):
+    for path in sorted(_ENTRIES.glob("*.yaml"), key=lambda path: path.stem):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert set(values) <= known, f"{path}: unknown fields {set(values) - known}"
         found[path.stem] = ZooEntry(**values)
@@ -86,7 +86,9 @@ def find_entry(name: str) -> ZooEntry | None:
 
 
 def nearest_names(name: str, count: int = 3) -> list[str]:
-    """Zoo names and aliases that look like ``name``, best first."""
+    """Zoo names and aliases that look like ``name``, best first; none if ``name`` is the Hub id of an entry."""
+    if name in (entry.hub_id for entry in entries().values()):
+        return []
     names = [known for entry in entries().values() for known in (entry.name, *entry.aliases)]
     return difflib.get_close_matches(name, names, n=count, cutoff=0.6)
 
