@@ -24,9 +24,12 @@ def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("ivideogpt")
+        try:
+            return version("ivideogpt")
+        except PackageNotFoundError:  # imported from a checkout that is not installed
+            return "0+unknown"
     raise AttributeError(f"module 'ivideogpt' has no attribute {name!r}")
 
 
