@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from ivideogpt import cli
+
+if TYPE_CHECKING:
+    from ivideogpt.world_model import WorldModel
 
 ROOT = Path(__file__).parents[1]
 
@@ -120,6 +129,162 @@ def test_overrides_may_stand_behind_options(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == [(("r.yaml", ["a=1", "b.c=-2"]), {"trust": True, "print_config": True})]
     assert cli.lightning_main(["run", "r.yaml", "a=1"]) == 0
     assert calls[1] == (("r.yaml", ["a=1"]), {"trust": False, "print_config": False})
+
+
+# predict and evaluate
+
+
+@pytest.fixture
+def model(tiny_world_model: Callable[..., WorldModel], tmp_path: Path) -> str:
+    return str(tiny_world_model(action_dim=4, reward=True).save_pretrained(tmp_path / "tiny"))
+
+
+@pytest.fixture
+def episode(tmp_path: Path) -> str:
+    """A recording of 12 noisy 48x40 frames with actions and rewards."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, (12, 48, 40, 3)).astype(np.uint8)
+    rewards = np.arange(12, dtype=np.float32)
+    np.savez(tmp_path / "episode.npz", image=image, action=rng.normal(size=(12, 4)).astype(np.float32), reward=rewards)
+    return str(tmp_path / "episode.npz")
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".mp4"])
+def test_predict_writes_what_the_name_says(suffix: str, model: str, episode: str, tmp_path: Path) -> None:
+    out = tmp_path / f"out{suffix}"
+    words = ["predict", "--model", model, "--input", episode, "--output", str(out), "--horizon", "4", "--start", "3"]
+    assert call(*words) == 0
+    first = out.read_bytes()
+    if suffix == ".mp4":
+        import av
+
+        with av.open(str(out)) as video:
+            assert sum(1 for _ in video.decode(video=0)) == 6
+    else:
+        with Image.open(out) as image:
+            assert getattr(image, "n_frames", 1) == (6 if suffix == ".gif" else 1)
+        assert call(*words) == 0
+        assert out.read_bytes() == first  # the same seed
+        assert call(*words, "--seed", "1") == 0
+        assert out.read_bytes() != first
+
+
+def test_predict_prints_scores_against_the_last_frame(
+    model: str, episode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.gif"
+    assert call("predict", "--model", model, "--input", episode, "--output", str(out), "--temperature", "0") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{out}: 10 frames predicted from 2"
+    assert [line.split("  ")[1] for line in lines[1:3]] == ["prediction", "last frame repeated"]
+    assert all("PSNR" in line and "SSIM" in line for line in lines[1:3])
+    assert lines[3].endswith("recorded 65.00")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--output": "out.txt"}, "choose one of .gif, .mp4, .png"),
+        ({"--output": "nowhere/out.gif"}, "there is no folder"),
+        ({"--input": "missing.npz"}, "there is no file missing.npz"),
+        ({"--input": "embedded:nothing"}, "no embedded set 'embedded:nothing'"),
+        ({"--episode": "3"}, "chooses from a shard set"),
+        ({"--input": "embedded:heldout", "--episode": "no-such"}, "has no episode 'no-such'; give a number below 12"),
+        ({"--horizon": "0"}, "'0' is not a whole number from 1 on"),
+        ({"--horizon": "11"}, "has 12 frames; frames 0 to 12 are needed (2 given and 11 predicted"),
+        ({"--horizon": "3", "--start": "11"}, "has 12 frames; frames 11 to 15 are needed"),
+        ({"--start": "11"}, "has 12 frames; frames 11 to 13 are needed"),
+        ({"--temperature": "hot"}, "'hot' is not a number from 0 on"),
+        ({"--model": "./missing"}, "no world model at missing"),
+    ],
+)
+def test_predict_refuses(
+    changes: dict[str, str], message: str, model: str, episode: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out.gif").write_text("old")
+    options = {"--model": model, "--input": episode, "--output": "out.gif"} | changes
+    assert call("predict", *(word for option in options.items() for word in option)) == 2
+    assert message in error_line(capsys)
+    assert (tmp_path / "out.gif").read_text() == "old"
+
+
+def test_predict_without_the_actions_that_it_needs(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "silent.npz", image=np.zeros((6, 32, 32, 3), np.uint8))
+    words = ["--model", model, "--input", str(tmp_path / "silent.npz"), "--output", str(tmp_path / "out.gif")]
+    assert call("predict", *words) == 2
+    assert f"silent.npz has no actions, and {model} needs 4 a frame" in error_line(capsys)
+
+
+def test_predict_with_a_published_layout_on_a_real_recording(shared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bair.gif"
+    golden, recording = shared / "golden" / "bair-64-act-cond", shared / "data" / "bair_sample.npz"
+    assert call("predict", "--model", str(golden), "--input", str(recording), "--output", str(out)) == 0
+    with Image.open(out) as image:
+        assert getattr(image, "n_frames", 1) == 30
+
+
+def test_evaluate_writes_results_and_their_command(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results.json"
+    words = ["evaluate", "--model", model, "--data", "embedded:heldout", "--out", str(out), "--horizon", "3"]
+    words += ["--limit", "6", "--batch-size", "4"]
+    monkeypatch.setattr(sys, "argv", ["ivideogpt", *words])
+    assert call(*words) == 0
+    assert "plate-slide-v3" in capsys.readouterr().out
+    result = json.loads(out.read_text())
+    assert result["overall"]["clips"] == 6
+    assert len(result["tasks"]) == 3
+    assert result["command"] == shlex.join(["ivideogpt", *words])
+    assert all(len(digest) == 64 for digest in result["data"]["shards"].values())
+
+
+def test_evaluate_refuses_a_folder_that_is_not_there(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("evaluate", "--model", model, "--data", "embedded:heldout", "--out", "nowhere/results.json") == 2
+    assert "there is no folder nowhere" in error_line(capsys)
+    assert call("evaluate", "--model", model, "--data", "nowhere") == 2
+    assert "there is no folder 'nowhere'" in error_line(capsys)
+
+
+# zoo and doctor
+
+
+def test_zoo_lists_and_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    from ivideogpt.zoo.registry import entries
+
+    assert call("zoo") == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in entries())
+    assert call("zoo", "list", "*bair*") == 0
+    assert len(capsys.readouterr().out.strip().splitlines()) == 1 + 2
+    assert call("zoo", "show", "thuml/ivideogpt-oxe") == 0
+    assert "hub_id: thuml/ivideogpt-oxe-64-act-free" in capsys.readouterr().out
+    assert call("zoo", "show", "ivideogpt-bair-64-act-con") == 2
+    assert "did you mean 'ivideogpt-bair-64-act-cond'?" in error_line(capsys)
+
+
+def test_doctor_examines_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("doctor", "--offline") == 0
+    printed = capsys.readouterr().out
+    for subject in ("python", "torch + torchvision", "GPU", "lightning command", "Hub"):
+        assert subject in printed
+
+
+def test_doctor_says_when_torchvision_belongs_to_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    from ivideogpt.commands import doctor
+
+    real = metadata.version
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "2.1.0" if name == "torch" else real(name))
+    finding = doctor._torchvision()
+    assert finding.status == "broken"
+    assert "found 2.1.0" in finding.text
+    assert "pip install --upgrade torch torchvision" in finding.text
 
 
 # lightning

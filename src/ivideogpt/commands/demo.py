@@ -156,7 +156,7 @@ def roll_out(wm: WorldModel, clips: ClipSet) -> list[Example]:
         video = to_float(clip["video"])
         change = float(mse(video[None, t0:], video[None, t0 - 1 : t0].expand_as(video[None, t0:])).mean())
         chosen[clip["source"]] = max(chosen.get(clip["source"], (-1.0, 0)), (change, -number))
-    numbers = [-number for _, number in chosen.values()]
+    numbers = [-chosen[task][1] for task in sorted(chosen)]
     batch = clips.batch(numbers)
     truth = to_float(batch["video"])
     actions = batch.get("actions") if wm.config.action_dim is not None else None

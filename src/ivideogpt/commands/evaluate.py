@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     )
     result["data"] = {"set": args.data, "shards": {s["name"]: s["sha256"] for s in clips.shards.manifest["shards"]}}
     result["command"] = shlex.join(["ivideogpt", *sys.argv[1:]])
-    Console(width=None if sys.stdout.isatty() else 120).print(format_table(result))
+    Console(width=None if sys.stdout.isatty() else 200).print(format_table(result))
     if args.out is not None:
         write_results(json.loads(json.dumps(result)), args.out)
         print(f"wrote {args.out}")
