@@ -206,7 +206,8 @@ def rollout(
         if actions is not None:
             slot_actions = transformer.embed_actions(layout.slot_actions(actions, horizon))
             slot_actions = slot_actions.repeat_interleave(num_samples, dim=0)
-        tokens, reward_states = [context_tokens], []
+        tokens: list[Tensor] = [context_tokens]
+        reward_states: list[Tensor] = []
         for index in range(horizon):
             if index > 0 and not force_slots:
                 slot = sampler(transformer.lm_head(reward_states[-1][:, -1]))

@@ -1,0 +1,265 @@
+"""Rollouts: the original's results, the same as without a cache, samples, seeds, modes, and bad input."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ivideogpt.rollout import Rollout, rollout
+from ivideogpt.rollout import engine as engine_module
+
+Build = Callable[..., Any]
+ACTION_DIM = 3
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def clip(batch: int = 2, frames: int = 2, seed: int = 0) -> Tensor:
+    return torch.rand(batch, frames, 3, 32, 32, generator=seeded(seed))
+
+
+def some_actions(batch: int = 2, frames: int = 6, seed: int = 0) -> Tensor:
+    return torch.randn(batch, frames, ACTION_DIM, generator=seeded(seed))
+
+
+def assert_same(first: Rollout, second: Rollout) -> None:
+    assert torch.equal(first.tokens, second.tokens)
+    torch.testing.assert_close(first.video, second.video, atol=1e-5, rtol=0)
+    assert (first.rewards is None) == (second.rewards is None)
+    if first.rewards is not None:
+        torch.testing.assert_close(first.rewards, second.rewards, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["oxe-64-act-free", "bair-64-act-cond"])
+def test_argmax_rollout_is_the_originals(golden: Build, name: str) -> None:
+    import ivideogpt
+
+    recorded = golden(name)
+    model = ivideogpt.from_pretrained(recorded.folder)
+    expected = recorded.tensors["greedy_tokens"]
+    horizon = model.layout.num_frames(expected.shape[1]) - model.config.context_length
+    context = recorded.video[:, : model.config.context_length]
+    out = model.rollout(context, recorded.tensors.get("actions"), horizon=horizon, temperature=0)
+    assert torch.equal(out.tokens, expected)
+    torch.testing.assert_close(out.video, recorded.tensors["greedy_video"].float(), atol=4e-3, rtol=0)
+    assert out.rewards is None
+
+
+def test_free_argmax_rollout_is_the_originals(golden: Build) -> None:
+    import ivideogpt
+
+    recorded = golden("oxe-64-act-free")
+    model = ivideogpt.from_pretrained(recorded.folder)
+    expected = recorded.tensors["greedy_tokens_unforced"]
+    horizon = model.layout.num_frames(expected.shape[1]) - model.config.context_length
+    out = model.rollout(recorded.video[:, :2], horizon=horizon, temperature=0, force_slots=False)
+    assert torch.equal(out.tokens, expected)
+
+
+@torch.no_grad()
+def uncached_argmax(model: Any, context_frames: Tensor, actions: Tensor, horizon: int) -> Tensor:
+    """Tokens of an argmax rollout that runs the whole sequence through the transformer for every token."""
+    layout = model.layout
+    tokens = layout.prompt(model.tokenizer.encode_context(context_frames)[0])
+    slot_actions = layout.slot_actions(actions, horizon)
+    for frame in range(1, horizon + 1):
+        for _ in range(layout.dynamics_tokens_per_frame):
+            out = model.transformer(tokens, slot_actions[:, :frame], layout.slot_positions(frame))
+            tokens = torch.cat([tokens, out.logits[:, -1:].argmax(-1)], dim=1)
+        if frame < horizon:
+            tokens = torch.cat([tokens, tokens.new_full((len(tokens), 1), layout.dynamics_slot_id)], dim=1)
+    return tokens
+
+
+def test_cached_rollout_equals_uncached(tiny_world_model: Build) -> None:
+    model = tiny_world_model(ACTION_DIM, reward=True)
+    actions = some_actions()
+    out = model.rollout(clip(), actions, horizon=4, temperature=0)
+    assert torch.equal(out.tokens, uncached_argmax(model, clip(), actions, 4))
+    with torch.no_grad():
+        teacher_forced = model(out.tokens, actions).rewards  # read from the same positions, all at once
+        video = model.tokenizer.detokenize(out.tokens).clamp(0, 1)
+    torch.testing.assert_close(out.rewards, teacher_forced, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.video, video, atol=1e-5, rtol=0)
+    assert out.video.shape == (2, 6, 3, 32, 32)
+    assert out.rewards.shape == (2, 4)
+
+
+def test_each_action_leads_to_the_next_frame(tiny_world_model: Build) -> None:
+    model = tiny_world_model(ACTION_DIM)
+    actions = some_actions()
+    before = model.rollout(clip(), actions, horizon=4, temperature=0).tokens
+    for index, first_changed in [
+        (0, None),
+        (1, 0),
+        (3, 2),
+        (5, None),
+    ]:  # context_length 2: actions[:, 1] leads to frame 2
+        changed = actions.clone()
+        changed[:, index] += 5.0
+        after = model.rollout(clip(), changed, horizon=4, temperature=0).tokens
+        start = model.layout.context_span + model.layout.frame_stride * (4 if first_changed is None else first_changed)
+        assert torch.equal(before[:, :start], after[:, :start])
+        assert first_changed is None or not torch.equal(before[:, start:], after[:, start:])
+
+
+def test_same_seed_same_video(tiny_world_model: Build) -> None:
+    model = tiny_world_model(ACTION_DIM, reward=True)
+    first, second = (model.rollout(clip(), some_actions(), generator=seeded(4)) for _ in range(2))
+    assert_same(first, second)
+    assert not torch.equal(first.tokens, model.rollout(clip(), some_actions(), generator=seeded(5)).tokens)
+
+
+def test_global_seed_governs_without_a_generator(tiny_world_model: Build) -> None:
+    model, outs = tiny_world_model(), []
+    for _ in range(2):
+        torch.manual_seed(11)
+        outs.append(model.rollout(clip(), horizon=2))
+    assert_same(*outs)
+    assert not torch.equal(outs[0].tokens, model.rollout(clip(), horizon=2).tokens)
+
+
+def test_the_generator_is_advanced(tiny_world_model: Build) -> None:
+    model, generator = tiny_world_model(), seeded(0)
+    first, second = (model.rollout(clip(), horizon=2, generator=generator).tokens for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_samples_of_a_clip_stand_side_by_side(tiny_world_model: Build) -> None:
+    model = tiny_world_model(ACTION_DIM, reward=True)
+    context, actions = clip(), some_actions()
+    single = model.rollout(context, actions, horizon=3, temperature=0)
+    out = model.rollout(context, actions, horizon=3, temperature=0, num_samples=3)
+    assert out.video.shape == (6, 5, 3, 32, 32)
+    for row in range(6):
+        assert torch.equal(out.tokens[row], single.tokens[row // 3])
+        torch.testing.assert_close(out.video[row], single.video[row // 3], atol=1e-5, rtol=0)
+        torch.testing.assert_close(out.rewards[row], single.rewards[row // 3], atol=1e-5, rtol=1e-5)
+    sampled = model.rollout(context, actions, horizon=3, num_samples=3, generator=seeded()).tokens
+    span = model.layout.context_span
+    assert len({tuple(row.tolist()) for row in sampled[:, span:]}) == 6
+    assert torch.equal(sampled[:, :span], single.tokens[:, :span].repeat_interleave(3, dim=0))
+
+
+def test_decoding_in_small_batches_changes_nothing(tiny_world_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_world_model()
+    settings: dict[str, Any] = {"horizon": 5, "num_samples": 2}
+    whole = model.rollout(clip(3), generator=seeded(), **settings)
+    for frames in (1, 3, 15):
+        monkeypatch.setattr(engine_module, "DECODE_PIXELS", frames * 32 * 32)
+        assert_same(whole, model.rollout(clip(3), generator=seeded(), **settings))
+
+
+def test_default_horizon(tiny_world_model: Build) -> None:
+    model = tiny_world_model(ACTION_DIM)
+    assert model.rollout(clip(), some_actions(frames=5), temperature=0).video.shape[1] == 5
+    free = tiny_world_model()
+    longest = free.layout.max_horizon(free.config.transformer.max_positions)
+    assert free.rollout(clip(1), temperature=0).video.shape[1] == 2 + longest
+
+
+def test_modules_keep_their_mode_and_dropout_is_off(tiny_world_model: Build) -> None:
+    model = tiny_world_model(ACTION_DIM, reward=True)
+    expected = model.rollout(clip(), some_actions(), temperature=0)
+    model.train()
+    model.tokenizer.decoder.eval()
+    for module in model.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.5
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert_same(expected, model.rollout(clip(), some_actions(), temperature=0))
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_nothing_is_left_behind_that_training_trips_over(tiny_world_model: Build) -> None:
+    model = tiny_world_model(ACTION_DIM, reward=True)
+    names = {name for module in model.modules() for name in vars(module)}
+    out = model.rollout(clip(), some_actions(), horizon=2, generator=seeded())
+    assert {name for module in model.modules() for name in vars(module)} == names
+    assert not out.video.is_inference()
+    assert not out.rewards.is_inference()
+    labels = model.layout.labels(out.tokens)
+    model(out.tokens, some_actions(frames=4), labels).loss.backward()  # imagined tokens and the model itself train
+    reconstruction = model.tokenizer(out.video[:, :2], out.video[:, 2:]).future_reconstruction
+    reconstruction.square().mean().backward()
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_runs_in_any_gradient_mode(tiny_world_model: Build, context: Callable[[], Any]) -> None:
+    model = tiny_world_model()
+    expected = model.rollout(clip(), horizon=2, temperature=0)
+    with context():
+        assert_same(expected, model.rollout(clip(), horizon=2, temperature=0))
+
+
+def test_bfloat16(tiny_world_model: Build) -> None:
+    model = tiny_world_model(ACTION_DIM, reward=True).to(torch.bfloat16)
+    out = model.rollout(clip(), some_actions(), horizon=2, generator=seeded())
+    assert out.video.dtype == torch.float32
+    assert out.rewards.dtype == torch.float32
+    assert out.video.isfinite().all()
+
+
+def test_under_autocast(tiny_world_model: Build) -> None:
+    model = tiny_world_model(ACTION_DIM, reward=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model.rollout(clip(), some_actions(), horizon=2, generator=seeded())
+    assert out.video.isfinite().all()
+
+
+def bad(changes: dict[str, Any], message: str) -> Any:
+    return pytest.param(changes, message, id=message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        bad({"context_frames": torch.rand(2, 3, 32, 32)}, r"\(B, T, C, H, W\), got \(2, 3, 32, 32\)"),
+        bad({"context_frames": torch.rand(1, 2, 3, 64, 64)}, r"\(3, 32, 32\) for this model, got \(3, 64, 64\)"),
+        bad({"context_frames": torch.rand(1, 2, 1, 32, 32)}, r"got \(1, 32, 32\)"),
+        bad({"context_frames": torch.rand(0, 2, 3, 32, 32)}, "no clip"),
+        bad({"context_frames": clip(frames=1)}, "takes 2 context frames, got 1"),
+        bad({"context_frames": clip(frames=3)}, "takes 2 context frames, got 3"),
+        bad({"context_frames": (clip() * 255).byte()}, "torch.uint8: divide"),
+        bad({"context_frames": clip() * 255}, r"\[0, 1\], got values from"),
+        bad({"context_frames": clip() * 2 - 1}, r"\[0, 1\], got values from -"),
+        bad({"context_frames": clip() * float("nan")}, "from nan"),
+        bad({"context_frames": clip().numpy()}, "must be a tensor"),
+        bad({"actions": None}, "needs actions of width 3, got None"),
+        bad({"actions": some_actions()[..., :2]}, r"shape \(2, T, 3\).*got \(2, 6, 2\)"),
+        bad({"actions": some_actions(batch=3)}, r"shape \(2, T, 3\).*got \(3, 6, 3\)"),
+        bad({"actions": some_actions()[0]}, r"got \(6, 3\)"),
+        bad({"actions": some_actions() * float("nan")}, "finite, got nan"),
+        bad({"actions": some_actions() * float("inf")}, "finite, got -?inf"),
+        bad({"actions": some_actions(frames=4)}, "needs at least 5 actions.*got 4"),
+        bad({"actions": some_actions(frames=2), "horizon": None}, "horizon must be an integer >= 1, got 0"),
+        bad({"horizon": 0}, "horizon must be an integer >= 1, got 0"),
+        bad({"horizon": 2.5}, "got 2.5"),
+        bad({"horizon": 26, "actions": some_actions(frames=40)}, "256 positions, which hold 25 future frames"),
+        bad({"num_samples": 0}, "num_samples must be an integer >= 1, got 0"),
+        bad({"temperature": -0.5}, "temperature.*-0.5"),
+        bad({"top_k": 0}, "top_k.*0"),
+    ],
+)
+def test_bad_input(tiny_world_model: Build, changes: dict[str, Any], message: str) -> None:
+    model = tiny_world_model(ACTION_DIM)
+    arguments = {"context_frames": clip(), "actions": some_actions(), "horizon": 4} | changes
+    with pytest.raises(ValueError, match=message):
+        rollout(model.tokenizer, model.transformer, None, **arguments)
+
+
+def test_actions_for_an_action_free_model(tiny_world_model: Build) -> None:
+    with pytest.raises(ValueError, match="takes no actions"):
+        tiny_world_model().rollout(clip(), some_actions(), horizon=2)
+
+
+def test_generator_on_another_device(tiny_world_model: Build) -> None:
+    class Elsewhere:
+        device = torch.device("cuda")
+
+    with pytest.raises(ValueError, match="generator lives on cuda, the model on cpu"):
+        tiny_world_model().rollout(clip(), horizon=2, generator=Elsewhere())
