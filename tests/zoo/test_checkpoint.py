@@ -154,7 +154,7 @@ def test_bfloat16_files_are_computed_in_float32_and_stay_bfloat16(
         assert same, file
 
     with torch.no_grad():
-        model.transformer.norm.weight += 1e-4  # trained: bfloat16 would lose it
+        model.transformer.norm.weight.add_(1e-4)  # trained: bfloat16 would lose it
     trained = published_files(model.save_pretrained(tmp_path / "trained"))
     assert {tensor.dtype for tensor in trained["transformer/model.safetensors"].values()} == {torch.float32}
     assert {tensor.dtype for tensor in trained["tokenizer/" + TOKENIZER.name].values()} == {torch.bfloat16}

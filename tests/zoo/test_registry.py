@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,25 @@ def test_names_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         resolve("mine", revision="v1")
 
 
+def test_the_embedded_model_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = entries()["ivideogpt-metaworld-nano"]
+    assert entry.folder is not None
+    if not entry.folder.is_dir():
+        pytest.skip(f"no trained weights at {entry.folder} yet")
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError(f"connects to {arguments}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    model = ivideogpt.from_pretrained("ivideogpt-metaworld-nano")
+    config = model.config
+    assert (config.tokenizer.resolution, config.context_length) == (entry.resolution, entry.context_length)
+    assert (config.action_dim, config.reward_head is not None) == (entry.action_dim, entry.rewards)
+    counts = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
+    assert counts == entry.parameters
+    assert sum(path.stat().st_size for path in entry.folder.rglob("*") if path.is_file()) <= 24 * 2**20
+
+
 # cards
 
 
@@ -101,7 +121,7 @@ def test_rendered_cards_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize("name", [*PUBLISHED, "ivideogpt-metaworld-nano"])
 def test_cards_have_metadata_that_the_hub_reads(name: str) -> None:
     text = card.entry_card(entries()[name])
-    data = ModelCard(text).data
+    data: Any = ModelCard(text).data
     assert (data.license, data.library_name) == ("mit", "ivideogpt")
     assert "Not evaluated by this project" in text
     for row in entries()[name].authors_results:
@@ -127,9 +147,8 @@ def test_measured_numbers_come_from_the_results_file(tmp_path: Path) -> None:
     assert "| hammer | 29 | - | - |" in text
     assert "- seed: 3\n- command: ivideogpt evaluate a\\|b\n" in text
     assert "Not evaluated" not in text
-    results_in_metadata = ModelCard(text).data.eval_results
-    assert results_in_metadata is not None
-    assert next((r.dataset_name, r.metric_type, r.metric_value) for r in results_in_metadata) == (
+    data: Any = ModelCard(text).data
+    assert next((r.dataset_name, r.metric_type, r.metric_value) for r in data.eval_results) == (
         "plate-slide", "psnr", 31.2345678,
     )  # fmt: skip
 

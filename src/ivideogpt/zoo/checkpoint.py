@@ -273,7 +273,7 @@ def _renew_action_layer(transformer: Transformer, action_dim: int, folder: Path)
         f"{folder} has {had}: the model gets a fresh one for actions of size {action_dim}. It is zero, so actions "
         "change nothing until it is trained; everything else is kept",
         ActionLayerWarning,
-        stacklevel=3,
+        stacklevel=4,  # where from_pretrained is called
     )
 
 

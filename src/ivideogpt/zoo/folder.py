@@ -63,9 +63,11 @@ def finish_interrupted_save(folder: Path) -> None:
         for path in sorted(path for path in saved.rglob("*") if path.is_file()):
             target = folder / path.relative_to(saved)
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
+            with contextlib.suppress(FileNotFoundError):  # another process that loads the model has just moved it
+                os.replace(path, target)
             _sync(target.parent)
-        shutil.rmtree(saved)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(saved)
     except OSError as error:
         raise OSError(
             f"{folder} holds a save that was interrupted ({saved.name}), and it cannot be finished: {error}; copy the "
