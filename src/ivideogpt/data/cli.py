@@ -71,8 +71,12 @@ def _pack(args: Namespace) -> int:
 
     options = NpzOptions(args.video_key, args.reward_follows_action, args.fps, args.camera, args.source, args.licence)
     words = ["ivideogpt", "data", "pack", args.folder, "--out", args.out]
-    for name, value in (("resize", args.resize), ("holdout", args.holdout), ("video-key", args.video_key)):
-        words += [f"--{name}", str(value)] if value else []
+    for name in ("resize", "holdout", "video_key", "camera", "source", "licence"):
+        value = getattr(args, name)
+        words += [f"--{name.replace('_', '-')}", str(value)] if value else []
+    words += [f"--fps={args.fps:g}"] if args.fps != 1 else []
+    words += ["--reward-follows-action"] if args.reward_follows_action else []
+    words += ["--skip-bad"] if args.skip_bad else []
     with _progress("packing") as progress:
         report = pack(
             args.folder,

@@ -40,6 +40,13 @@ class ClipSettings:
     actions: bool = True
     rewards: bool = True
 
+    def __post_init__(self) -> None:
+        if self.stride is not None and self.stride < 1:
+            raise ValueError(f"stride must be at least 1, got {self.stride}")
+        body = self.segment_length - self.goal
+        if self.horizon is not None and self.horizon < body:
+            raise ValueError(f"horizon {self.horizon} is shorter than the {body} frames to select from it")
+
     def stride_of(self, fps: float) -> int:
         """Wanted stride of an episode of `fps` frames a second."""
         return frame_stride(fps, self.target_rate) if self.stride is None else self.stride

@@ -141,22 +141,26 @@ def _of_set(shards: ShardSet) -> Iterator[Job]:
 
 def _of_stream(url: str) -> Iterator[Job]:
     """Episodes of one tar through WebDataset; `url` must have passed `refuse_commands`."""
-    import webdataset
+    from webdataset.gopen import gopen
 
     def bad(reason: str) -> Episode:
         raise ValueError(reason)
 
     count = 0
     try:
-        for sample in webdataset.WebDataset(url, shardshuffle=False, handler=webdataset.reraise_exception):
-            key, data = sample["__key__"], sample.get(MEMBER_SUFFIX[1:])
-            count += 1
-            if not KEY_PATTERN.match(key):
-                reason = f"{url}: member name {key!r} is not allowed (letters, digits, '-' and '_' only)"
-                yield f"member {count}", partial(bad, reason)
-            elif data is not None:
-                yield key, partial(decode_episode, data)
-    except (tarfile.TarError, EOFError) as error:
+        with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                if file is None or not member.name.endswith(MEMBER_SUFFIX):
+                    continue
+                key, data = member.name.removesuffix(MEMBER_SUFFIX), file.read()
+                count += 1
+                if KEY_PATTERN.match(key):
+                    yield key, partial(decode_episode, data)
+                else:
+                    reason = f"{url}: member name {key!r} is not allowed (letters, digits, '-' and '_' only)"
+                    yield f"member {count}", partial(bad, reason)
+    except (tarfile.TarError, EOFError, OSError) as error:
         yield f"the rest after member {count}", partial(bad, f"{url}: not a whole tar file: {error}")
 
 

@@ -60,10 +60,13 @@ def read_npz(path: str | Path, options: NpzOptions | None = None) -> Episode:
     """
     path, options = Path(path), options or NpzOptions()
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it is not an .npz archive")
-            return episode_from_arrays(file, options)
+        # np.load leaves a file that it opened itself open when it is not a whole archive
+        with open(path, "rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array, not an .npz archive of named ones")
+            with archive:
+                return episode_from_arrays(archive, options)
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
