@@ -66,7 +66,9 @@ def test_imports_point_down(file: Path) -> None:
     assert layer in RANK, f"{name_of(file)}: give the layer {layer!r} a row in LAYERS"
     for name in imported(file):
         parts = name.split(".")
-        if parts[0] != "ivideogpt" or parts[1] not in RANK:  # ivideogpt.__version__ and the like
+        if name == "ivideogpt":  # the public face, which everything below it must do without
+            assert layer in LAYERS[-1], f"{name_of(file)} ({layer}) imports the package's public face"
+        if len(parts) < 2 or parts[0] != "ivideogpt" or parts[1] not in RANK:
             continue
         allowed = parts[1] == layer or RANK[parts[1]] < RANK[layer] or (layer, parts[1]) in SIDEWAYS
         assert allowed, f"{name_of(file)} ({layer}) imports {name}"

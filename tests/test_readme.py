@@ -142,7 +142,7 @@ def test_the_citation_is_whole() -> None:
 @pytest.mark.parametrize("target", ["demo"])
 def test_make_does_its_own_set_up(target: str, nano: Path, tmp_path: Path) -> None:
     """In a fresh copy; `make test` itself would run this test again."""
-    for part in ("src", "recipes"):
+    for part in ("src", "recipes", "model_cards"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("Makefile", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, tmp_path)

@@ -61,6 +61,9 @@ def test_it_holds_recipes_data_and_entries(wheel: Path) -> None:
     assert "ivideogpt/assets/report.html.j2" in names
     for split in ("train", "heldout"):
         assert f"ivideogpt/assets/data/metaworld/{split}/manifest.json" in names
+    for file in ("tokenizer/diffusion_pytorch_model.safetensors", "transformer/model.safetensors"):
+        assert f"ivideogpt/assets/models/ivideogpt-metaworld-nano/{file}" in names
+    assert "ivideogpt/_model_cards/TEMPLATE.md" in names
     assert any(name.startswith("ivideogpt/zoo/entries/") and name.endswith(".yaml") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "recipes/"))]
 
