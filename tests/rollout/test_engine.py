@@ -247,7 +247,7 @@ def bad(changes: dict[str, Any], message: str) -> Any:
 )
 def test_bad_input(tiny_world_model: Build, changes: dict[str, Any], message: str) -> None:
     model = tiny_world_model(ACTION_DIM)
-    arguments = {"context_frames": clip(), "actions": some_actions(), "horizon": 4} | changes
+    arguments: dict[str, Any] = {"context_frames": clip(), "actions": some_actions(), "horizon": 4} | changes
     with pytest.raises(ValueError, match=message):
         rollout(model.tokenizer, model.transformer, None, **arguments)
 

@@ -145,7 +145,7 @@ def test_raw_actions_are_normalised_like_in_a_rollout(tiny_world_model: Build) -
 def test_stepping_to_the_last_position(tiny_world_model: Build) -> None:
     model = tiny_world_model(ACTION_DIM, reward=True)
     session, action = start(model), torch.zeros(2, ACTION_DIM)
-    while session.horizon_left:
+    for _ in range(session.horizon_left):
         session.step(action)
     assert session.frames.shape[1] == 27
     before = session.frames

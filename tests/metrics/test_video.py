@@ -1,0 +1,119 @@
+"""PSNR, SSIM and MSE against direct computations; best of several samples; bad input."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ivideogpt.metrics import best_of, mse, psnr, ssim
+from ivideogpt.metrics.video import frame_metrics
+
+
+def videos(seed: int = 0, size: int = 24) -> tuple[Tensor, Tensor]:
+    """Two similar videos (2, 3, 3, size, size)."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.rand(2, 3, 3, size, size, generator=generator)
+    return (truth + 0.1 * torch.randn(truth.shape, generator=generator)).clamp(0, 1), truth
+
+
+def direct_ssim(x: Tensor, y: Tensor) -> float:
+    """SSIM of two images (C, H, W) after Wang et al. (2004), window by window, in float64."""
+    offsets = torch.arange(11, dtype=torch.float64) - 5
+    line = torch.exp(-(offsets**2) / (2 * 1.5**2))
+    window = line[:, None] * line[None]
+    window /= window.sum()
+    total, count = 0.0, 0
+    for channel in range(x.shape[0]):
+        for top in range(x.shape[1] - 10):
+            for left in range(x.shape[2] - 10):
+                a, b = (image[channel, top : top + 11, left : left + 11].double() for image in (x, y))
+                mean_a, mean_b = float((window * a).sum()), float((window * b).sum())
+                var_a = float((window * a * a).sum()) - mean_a**2
+                var_b = float((window * b * b).sum()) - mean_b**2
+                cov = float((window * a * b).sum()) - mean_a * mean_b
+                c1, c2 = 0.01**2, 0.03**2
+                total += ((2 * mean_a * mean_b + c1) * (2 * cov + c2)) / (
+                    (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+                )
+                count += 1
+    return total / count
+
+
+def test_mse_and_psnr_are_per_frame() -> None:
+    prediction, truth = videos()
+    errors, ratios = mse(prediction, truth), psnr(prediction, truth)
+    assert errors.shape == ratios.shape == (2, 3)
+    for clip in range(2):
+        for time in range(3):
+            expected = float(((prediction[clip, time] - truth[clip, time]).double() ** 2).mean())
+            assert float(errors[clip, time]) == pytest.approx(expected, rel=1e-5)
+            assert float(ratios[clip, time]) == pytest.approx(-10 * math.log10(expected), rel=1e-5)
+
+
+def test_ssim_is_wang_et_als() -> None:
+    prediction, truth = videos(size=14)
+    values = ssim(prediction, truth)
+    assert values.shape == (2, 3)
+    for clip, time in [(0, 0), (1, 2)]:
+        assert float(values[clip, time]) == pytest.approx(
+            direct_ssim(prediction[clip, time], truth[clip, time]), abs=1e-5
+        )
+
+
+def test_known_values() -> None:
+    black, grey = torch.zeros(1, 1, 3, 16, 16), torch.full((1, 1, 3, 16, 16), 0.1)
+    assert float(mse(black, grey)) == pytest.approx(0.01)
+    assert float(psnr(black, grey)) == pytest.approx(20.0, abs=1e-4)
+    assert float(ssim(black, grey)) == pytest.approx(1e-4 / (0.01 + 1e-4), rel=1e-3)  # contrast terms are 1
+
+
+def test_identical_frames_stay_finite() -> None:
+    _, truth = videos()
+    assert torch.allclose(psnr(truth, truth), torch.tensor(100.0))
+    assert torch.allclose(ssim(truth, truth), torch.tensor(1.0))
+    assert not mse(truth, truth).any()
+
+
+@pytest.mark.parametrize("metric", [mse, psnr, ssim])
+def test_a_frame_does_not_depend_on_its_neighbours(metric: Callable[[Tensor, Tensor], Tensor]) -> None:
+    prediction, truth = videos()
+    alone = metric(prediction[1:, 2:], truth[1:, 2:])
+    torch.testing.assert_close(metric(prediction, truth)[1:, 2:], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", [mse, psnr, ssim])
+def test_bfloat16_is_measured_in_float32(metric: Callable[[Tensor, Tensor], Tensor]) -> None:
+    prediction, truth = (video.bfloat16() for video in videos())
+    assert torch.equal(metric(prediction, truth), metric(prediction.float(), truth.float()))
+
+
+@pytest.mark.parametrize("metric", [mse, psnr, ssim])
+def test_bad_input(metric: Callable[[Tensor, Tensor], Tensor]) -> None:
+    prediction, truth = videos()
+    with pytest.raises(ValueError, match=r"same shape, got \(2, 2, 3, 24, 24\) and \(2, 3, 3, 24, 24\)"):
+        metric(prediction[:, :2], truth)
+    with pytest.raises(ValueError, match=r"\(B, T, C, H, W\)"):
+        metric(prediction[0], truth[0])
+    with pytest.raises(ValueError, match=r"torch\.uint8"):
+        metric((prediction * 255).byte(), truth)
+
+
+def test_ssim_needs_room_for_its_window() -> None:
+    with pytest.raises(ValueError, match="at least 11 pixels"):
+        ssim(torch.rand(1, 1, 3, 8, 16), torch.rand(1, 1, 3, 8, 16))
+
+
+def test_best_of_takes_the_best_clip_mean() -> None:
+    values = torch.tensor([[1.0, 5.0], [2.0, 3.0], [0.0, 0.0], [9.0, 1.0]])  # 2 clips x 2 samples, 2 frames
+    assert best_of(values, 2).tolist() == [3.0, 5.0]
+    assert best_of(values, 2, higher_is_better=False).tolist() == [2.5, 0.0]
+    assert best_of(values, 1).tolist() == [3.0, 2.5, 0.0, 5.0]
+
+
+def test_frame_metrics_gives_all() -> None:
+    prediction, truth = videos()
+    found = frame_metrics(prediction, truth)
+    assert set(found) == {"psnr", "ssim", "mse"}
+    assert all(values.shape == (2, 3) and values.dtype == torch.float64 for values in found.values())
