@@ -61,9 +61,10 @@ def test_fields_come_back_as_they_were(golden: Callable[[str], Any], name: str) 
 @pytest.mark.parametrize("preset", ["64", "256", "nano"])
 def test_tokenizer_presets_round_trip(preset: str) -> None:
     config = TokenizerConfig.preset(preset, codebook_dim=5)
-    assert tokenizer_config(tokenizer_fields(config, None), "t") == config
+    assert tokenizer_config(tokenizer_fields(config, None), "t", config.attention_dropout) == config
     changed = dataclasses.replace(config, context_length=1, codebook_size=11, block_channels=(32, 64), resolution=32)
-    assert tokenizer_config(tokenizer_fields(changed, large_tokenizer()), "t") == changed
+    fields = tokenizer_fields(changed, large_tokenizer())
+    assert tokenizer_config(fields, "t", config.attention_dropout) == changed
 
 
 def test_transformer_configurations_round_trip() -> None:

@@ -281,8 +281,9 @@ def _extras_to_write(parts: Parts) -> dict[str, Any]:
     extras, config = dict(parts.extras), parts.config
     if config.reward_head is not None:
         extras["reward_transform"] = config.reward_head.transform
-    if config.tokenizer.attention_dropout != 0.1:
-        extras["tokenizer_attention_dropout"] = config.tokenizer.attention_dropout
+    dropout = config.tokenizer.attention_dropout
+    if dropout != 0.1 or "tokenizer_attention_dropout" in extras:
+        extras["tokenizer_attention_dropout"] = dropout
     check_extras(extras, "extras", config.action_dim)
     return extras
 
