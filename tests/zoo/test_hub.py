@@ -106,6 +106,7 @@ with serve() as hub:
         "typo": error_of(lambda: ivideogpt.from_pretrained("ivideogpt-oxe-64-act-fre")),
         "revision": error_of(lambda: ivideogpt.from_pretrained("someone/mine", revision="v9")),
         "pickled": error_of(lambda: ivideogpt.from_pretrained("someone/pickled")),
+        "alias": error_of(lambda: ivideogpt.from_pretrained("ivideogpt-robonet-64-act-cond")),
         "no id": error_of(lambda: ivideogpt.from_pretrained("a/b/c")),
     }
     os.environ["HF_TOKEN"] = "hf_wrong"
@@ -175,6 +176,7 @@ def test_pushing_again(report: dict[str, Any]) -> None:
         ("typo", ["did you mean 'ivideogpt-oxe-64-act-free'?", "the Hub repository 'ivideogpt-oxe-64-act-fre'"]),
         ("revision", ["'someone/mine' at revision 'v9'", "has the repository, but not revision 'v9'"]),
         ("pickled", ["has no tokenizer/diffusion", "never loaded because they can run any code", "pytorch_model.bin"]),
+        ("alias", ["zoo name stands for, the Hub repository 'thuml/ivideogpt-robonet-64-act-cond': "]),
         ("no id", ["'a/b/c'", "is no valid id"]),
         ("secret", ["'other/secret'", "it is private and you are not logged in"]),
         ("offline", ["'thuml/ivideogpt-bair-64-act-free'", "could not be reached (ConnectError", "does not hold it"]),

@@ -112,14 +112,15 @@ def _download(name: str, repo_id: str, revision: str | None) -> Path:
             snapshot_download(repo_id, revision=revision, allow_patterns=[*FILES, CARD], library_name="ivideogpt")
         )
     except Exception as error:  # the client's errors come from several libraries, and each release adds some
-        near = nearest_names(name)
-        looked_for = [
-            "a zoo name" + (f" (did you mean {near[0]!r}?)" if near and near[0] != name else ""),
-            f"the folder {str(Path(name).absolute())!r}",
-            f"the Hub repository {repo_id!r}" + (f" at revision {revision!r}" if revision else ""),
-        ]
+        repository = f"the Hub repository {repo_id!r}" + (f" at revision {revision!r}" if revision else "")
+        if repo_id != name:
+            looked_for = f"what this zoo name stands for, {repository}"
+        else:
+            near = nearest_names(name)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            looked_for = f"a zoo name{hint}, the folder {str(Path(name).absolute())!r}, {repository}"
         raise ModelNotFoundError(
-            f"no world model {name!r}. Looked for {', '.join(looked_for)}: {_why_not_fetched(error, revision)}. To use "
+            f"no world model {name!r}. Looked for {looked_for}: {_why_not_fetched(error, revision)}. To use "
             "files that you have, give the folder that holds tokenizer/ and transformer/: from_pretrained('./FOLDER')"
         ) from error
     if all((folder / file).exists() for file in FILES[:4]):
