@@ -15,6 +15,7 @@ from ivideogpt.models.reward_head import RewardHead
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer, next_token_loss
 from ivideogpt.rollout.engine import rollout
+from ivideogpt.training.embedding_seeds import seed_embeddings as codebook_embeddings
 from ivideogpt.training.module import TrainingModule
 from ivideogpt.training.optim import Schedule
 
@@ -54,6 +55,8 @@ class TransformerModule(TrainingModule):
             such as ``"transformer.embed_tokens"``.
         action_mean: subtracted from the actions (A,); 0 if None.
         action_std: what the actions are divided by (A,); 1 if None.
+        seed_embeddings: starts a fresh transformer with embeddings made of the codebooks
+            (:func:`ivideogpt.training.embedding_seeds.seed_embeddings`); a trained one would lose its own.
     """
 
     action_mean: Tensor
@@ -74,6 +77,7 @@ class TransformerModule(TrainingModule):
         freeze: Sequence[str] = (),
         action_mean: Sequence[float] | None = None,
         action_std: Sequence[float] | None = None,
+        seed_embeddings: bool = False,
     ) -> None:
         super().__init__(learning_rate, schedule, warmup_updates, weight_decay, betas, gradient_clip)
         if tokenizer.config.vocab_size != transformer.config.vocab_size:
@@ -87,6 +91,8 @@ class TransformerModule(TrainingModule):
         self.reward_weight = reward_weight
         self.layout = tokenizer.layout
         self.freeze_part("tokenizer")
+        if seed_embeddings:
+            codebook_embeddings(transformer, tokenizer)
         for name in freeze:
             self._freeze_by_name(name)
         width = transformer.config.action_dim or 1
