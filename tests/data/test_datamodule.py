@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -218,49 +219,49 @@ def test_position_outlives_another_batch_size(make_set: Sets) -> None:
 
 
 RANKS = """
-import json, os, sys
-import torch, torch.distributed as dist
-from multiprocessing import get_context
+import json, sys
+import lightning, torch
 from ivideogpt.data.datamodule import VideoDataModule
 
-def rank(index, folder, port, out):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    dist.init_process_group("gloo", rank=index, world_size=2)
-    torch.set_num_threads(1)
-    module = VideoDataModule(folder, val=folder, segment_length=5, resolution=16, batch_size=2, num_workers=2)
-    module.setup()
-    batches = [batch["clip"].tolist() for batch in module.train_dataloader()]
-    keys = [key for batch in module.val_dataloader() for key in batch["key"]]
-    gathered = [None, None]
-    dist.all_gather_object(gathered, (batches, keys))
-    if index == 0:
-        json.dump(gathered, open(out, "w"))
-    dist.destroy_process_group()
+class Recorder(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.trained, self.validated = [], []
 
-if __name__ == "__main__":
-    processes = [get_context("fork").Process(target=rank, args=(i, *sys.argv[1:])) for i in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    sys.exit(any(process.exitcode for process in processes))
+    def training_step(self, batch, batch_idx):
+        self.trained.append(batch["clip"].tolist())
+        return self.layer(torch.ones(1)).sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.validated += batch["key"]
+
+    def on_fit_end(self):
+        json.dump([self.trained, self.validated], open(f"{sys.argv[2]}-{self.global_rank}.json", "w"))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+torch.set_num_threads(1)
+module = VideoDataModule(
+    sys.argv[1], val=sys.argv[1], segment_length=5, resolution=16, batch_size=2, num_workers=2
+)
+trainer = lightning.Trainer(
+    max_epochs=1, accelerator="cpu", devices=2, strategy="ddp_fork", num_sanity_val_steps=0, logger=False,
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+)
+trainer.fit(Recorder(), datamodule=module)
 """
 
 
 def test_two_processes_with_two_workers(make_set: Sets, tmp_path: Path) -> None:
     """No clip is lost and none comes twice, in training and in validation (13 clips do not divide by 2)."""
-    import json
-    import socket
-
     (tmp_path / "ranks.py").write_text(RANKS)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    out = tmp_path / "out.json"
-    command = [sys.executable, str(tmp_path / "ranks.py"), str(make_set(episodes=13, lengths=[12])), port, str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    folder = make_set(episodes=13, lengths=[12])
+    command = [sys.executable, str(tmp_path / "ranks.py"), str(folder), str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=290)
     assert result.returncode == 0, result.stderr
-    (batches_0, keys_0), (batches_1, keys_1) = json.loads(out.read_text())
+    (batches_0, keys_0), (batches_1, keys_1) = (json.loads((tmp_path / f"out-{i}.json").read_text()) for i in (0, 1))
     assert batches_0 == [[0, 1], [4, 5], [8, 9]]
     assert batches_1 == [[2, 3], [6, 7], [10, 11]]
     assert len(keys_0) + len(keys_1) == 13

@@ -70,10 +70,10 @@ def test_goal_is_the_last_frame_in_front() -> None:
 
 
 def test_same_generator_same_clip() -> None:
-    clips = [
+    one, two = (
         clip_indices(90, 6, horizon=12, shuffle=True, goal=True, rng=np.random.default_rng([7, 8])) for _ in range(2)
-    ]
-    np.testing.assert_array_equal(*clips)
+    )
+    np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_noise_wanders() -> None:
     calm = rollout_expert("handle-pull-side", 0.0, np.random.default_rng(1), **kept)
     noisy = rollout_expert("handle-pull-side", 1.0, np.random.default_rng(1), **kept)
     again = rollout_expert("handle-pull-side", 1.0, np.random.default_rng(1), **kept)
-    np.testing.assert_array_equal(noisy.actions, again.actions)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(noisy.actions, again.actions)
     assert calm.metadata["layout"] == noisy.metadata["layout"]
     assert noisy.actions is not None
     assert calm.actions is not None
@@ -105,8 +105,8 @@ def test_the_recorded_command_makes_the_same_set(tmp_path: Path) -> None:
         first, second = one.episode(i), two.episode(i)
         assert first is not None
         assert second is not None
-        np.testing.assert_array_equal(first.actions, second.actions)  # type: ignore[arg-type]
-        np.testing.assert_array_equal(first.rewards, second.rewards)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(first.actions, second.actions)
+        np.testing.assert_array_equal(first.rewards, second.rewards)
         assert np.abs(first.video.astype(int) - second.video).mean() < 1
 
 

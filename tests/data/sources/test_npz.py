@@ -25,7 +25,7 @@ def test_bair(shared: Path) -> None:
     arrays = np.load(file, allow_pickle=False)
     assert episode.video.shape == (30, 64, 64, 3)
     np.testing.assert_array_equal(episode.video, arrays["aux1_image"])
-    np.testing.assert_allclose(episode.actions, arrays["action"], rtol=1e-6)  # type: ignore[arg-type]
+    np.testing.assert_allclose(episode.actions, arrays["action"], rtol=1e-6)
     assert episode.rewards is None
     assert episode.camera == "aux1_image"
     other = read_npz(file, NpzOptions(video_key="image"))
@@ -62,7 +62,7 @@ def test_plain_files(tmp_path: Path, key: str, channels_first: bool) -> None:
     episode = read_npz(file, NpzOptions(licence="CC0-1.0", source="mine"))
     np.testing.assert_array_equal(episode.video, FRAMES)
     assert episode.action_dim == 2
-    np.testing.assert_array_equal(episode.rewards, np.arange(6, dtype=np.float32))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(episode.rewards, np.arange(6, dtype=np.float32))
     assert (episode.fps, episode.source, episode.licence, episode.camera) == (12.5, "mine", "CC0-1.0", key)
 
 
@@ -77,7 +77,7 @@ def test_one_row_fewer(tmp_path: Path) -> None:
     episode = read_npz(file)
     assert episode.actions is not None
     np.testing.assert_array_equal(episode.actions[:, 0], [1, 1, 1, 1, 1, 0])
-    np.testing.assert_array_equal(episode.rewards, np.arange(6))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(episode.rewards, np.arange(6))
 
 
 def test_reward_follows_action(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_reward_follows_action(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"reward starts with 1.0.*--reward-follows-action"):
         read_npz(file)
     rewards = read_npz(file, NpzOptions(reward_follows_action=True)).rewards
-    np.testing.assert_array_equal(rewards, [0, 1, 2, 3, 4, 5])  # type: ignore[arg-type]
+    np.testing.assert_array_equal(rewards, [0, 1, 2, 3, 4, 5])
 
 
 @pytest.mark.parametrize("name", ["terminations", "done", "discount"])
