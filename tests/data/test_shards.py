@@ -88,6 +88,42 @@ def test_a_set_is_not_overwritten_by_accident(make_set: Callable[..., Path]) -> 
         ShardSetWriter(folder)
 
 
+def test_tars_of_others_stay(tmp_path: Path, make_episode: Callable[..., Episode]) -> None:
+    (tmp_path / "episodes-000000.tar").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="holds tar files"):
+        ShardSetWriter(tmp_path)
+    assert (tmp_path / "episodes-000000.tar").read_bytes() == b"mine"
+
+
+def test_overwriting_deletes_nothing_outside(
+    make_set: Callable[..., Path], make_episode: Callable[..., Episode]
+) -> None:
+    """A hostile manifest may list anything."""
+    folder = make_set()
+    victim = folder.parent / "victim.tar"
+    victim.write_bytes(b"mine")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["shards"][0]["name"] = "../victim.tar"
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with ShardSetWriter(folder, overwrite=True) as writer:
+        writer.write("new", make_episode())
+    assert victim.exists()
+    assert verify_set(folder) == []
+
+
+def test_what_a_killed_writer_left_unlisted_goes(
+    make_set: Callable[..., Path], make_episode: Callable[..., Episode]
+) -> None:
+    """Killed between the renaming of its shards and the manifest's."""
+    folder = make_set(episodes=2, per_shard=2)
+    for name in ("episodes-000001.tar", "episodes-0123abcd-000000.tar", "other-000000.tar"):
+        (folder / name).write_bytes(b"x")
+    assert verify_set(folder) == []
+    with ShardSetWriter(folder, overwrite=True) as writer:
+        writer.write("new", make_episode())
+    assert sorted(files(folder))[1:] == [MANIFEST, "other-000000.tar"]
+
+
 def test_overwriting_replaces_the_set(make_set: Callable[..., Path], make_episode: Callable[..., Episode]) -> None:
     folder = make_set(episodes=4, per_shard=2)
     for seed in (50, 60, 60):

@@ -8,7 +8,6 @@ hash differs (`verify`), records that do not decode (when they are read). The la
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,12 +20,19 @@ from typing import Any
 
 from ivideogpt.data.codec import CorruptRecordError, Record
 from ivideogpt.data.episode import Episode
-from ivideogpt.data.shards import FORMAT, KEY_PATTERN, MANIFEST, MEMBER_SUFFIX, SCHEMA_VERSION
+from ivideogpt.data.shards import (
+    FORMAT,
+    KEY_PATTERN,
+    MANIFEST,
+    MEMBER_SUFFIX,
+    SCHEMA_VERSION,
+    SHARD_PATTERN,
+    file_sha256,
+)
 
 POLICIES = ("error", "skip")
 EMBEDDED = "embedded"
 _EMBEDDED_FOLDER = Path(__file__).parent.parent / "assets" / "data" / "metaworld"
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar\Z")
 
 
 class ShardError(ValueError):
@@ -212,7 +218,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         keys: set[str] = set()
         found = {"shards": 0, "episodes": 0, "frames": 0}
         for shard in manifest["shards"]:
-            if not _SHARD_NAME.match(shard["name"]):
+            if not SHARD_PATTERN.match(shard["name"]):
                 raise ShardError(f"{path}: shard name {shard['name']!r} is not a plain file name ending in .tar")
             found["shards"] += 1
             for member in shard["members"]:
@@ -267,16 +273,3 @@ def verify_set(source: str | os.PathLike[str]) -> list[str]:
         for index in range(len(shards)):
             shards.episode(index)
     return faults + sorted(set(shards.skipped.values()) - set(faults))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while chunk := file.read(2**20):
-        digest.update(chunk)
-    return digest.hexdigest()

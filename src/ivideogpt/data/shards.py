@@ -29,6 +29,7 @@ FORMAT = "ivideogpt-shards"
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 MEMBER_SUFFIX = ".safetensors"
+SHARD_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar\Z")  # a plain file name
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,80}\Z")  # no dot (WebDataset splits there) and no slash
 
 
@@ -66,6 +67,8 @@ class ShardSetWriter:
             raise ValueError(f"shard name {name!r} may hold letters, digits, '-' and '_' only")
         if (self.out / MANIFEST).exists() and not overwrite:
             raise ValueError(f"{self.out} holds a shard set already; choose another folder or overwrite it")
+        if not overwrite and any(self.out.glob("*.tar")):
+            raise ValueError(f"{self.out} holds tar files; choose another folder or overwrite it")
         self.name, self.shard_bytes, self.shard_episodes = name, shard_bytes, shard_episodes
         self.command = command
         self.extra = extra or {}
@@ -146,11 +149,7 @@ class ShardSetWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         path = self._partial(len(self._shards))
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-        self._shards.append({"size": path.stat().st_size, "sha256": digest.hexdigest(), "members": self._members})
+        self._shards.append({"size": path.stat().st_size, "sha256": file_sha256(path), "members": self._members})
         self._members, self._tar, self._file = [], None, None
 
     def _commit(self) -> None:
@@ -167,8 +166,10 @@ class ShardSetWriter:
             os.replace(self._partial(index), self.out / name)
             self._shards[index] = {"name": name} | shard
         write_json(self.out / MANIFEST, self._manifest())
-        for name in old - set(names):
-            (self.out / name).unlink(missing_ok=True)
+        ours = re.compile(rf"{self.name}(-[0-9a-f]{{8}})?-\d{{6}}\.tar\Z")  # also what a killed writer left unlisted
+        for path in self.out.glob("*.tar"):
+            if path.name not in names and (path.name in old or ours.match(path.name)):
+                path.unlink(missing_ok=True)
         self._remove_partials()
 
     def _abort(self) -> None:
@@ -274,6 +275,15 @@ def package_version() -> str:
         return "unknown"
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replaces a JSON file in one step: aside, flushed to disk, renamed."""
     aside = path.with_name(f".{path.name}.partial")
@@ -287,6 +297,7 @@ def write_json(path: Path, value: Any) -> None:
 def _listed_shards(folder: Path) -> list[str]:
     """Names of the shards of the set that is in a folder now; none if there is no readable manifest."""
     try:
-        return [str(shard["name"]) for shard in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["shards"]]
+        names = [str(shard["name"]) for shard in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["shards"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+    return [name for name in names if SHARD_PATTERN.match(name)]  # never a path that leaves the folder

@@ -25,7 +25,7 @@ def test_bair(shared: Path) -> None:
     arrays = np.load(file, allow_pickle=False)
     assert episode.video.shape == (30, 64, 64, 3)
     np.testing.assert_array_equal(episode.video, arrays["aux1_image"])
-    np.testing.assert_allclose(episode.actions, arrays["action"], rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(episode.actions), arrays["action"], rtol=1e-6)
     assert episode.rewards is None
     assert episode.camera == "aux1_image"
     other = read_npz(file, NpzOptions(video_key="image"))

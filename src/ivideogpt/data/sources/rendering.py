@@ -29,7 +29,7 @@ def choose_gl() -> str:
         return chosen
     failures = []
     for name in ("egl", "osmesa"):
-        environment = os.environ | {"MUJOCO_GL": name, "PYOPENGL_PLATFORM": name}
+        environment = os.environ | {"MUJOCO_GL": name}
         result = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True)
         if result.returncode == 0 and "drawn" in result.stdout:
             os.environ["MUJOCO_GL"] = name
