@@ -125,7 +125,7 @@ def test_the_callers_generator_and_outputs_are_its_own(tiny_world_model: Build) 
     session = model.session(clip(), generator=generator)
     frame, reward = session.step(torch.zeros(2, ACTION_DIM))
     assert torch.equal(generator.get_state(), state)
-    assert not frame.is_inference()
+    assert not any(tensor.is_inference() for tensor in (frame, reward, session.frames, session.tokens))
     before = session.frames
     frame.zero_()
     reward.zero_()

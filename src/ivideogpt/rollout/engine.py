@@ -193,9 +193,8 @@ def rollout(
     with torch.inference_mode(), evaluation_mode(tokenizer, transformer, reward_head):
         context_indices = encode_context(tokenizer, context_frames)
         context_tokens = layout.prompt(context_indices)[:, :-1]
-        cache = KVCache(
-            transformer.config.num_layers, layout.context_span + layout.frame_stride * horizon, device
-        )  # fmt: skip
+        capacity = layout.context_span + layout.frame_stride * horizon
+        cache = KVCache(transformer.config.num_layers, capacity, device)
         prefill(transformer, context_tokens, cache)
         if num_samples > 1:
             cache = cache.fork(num_samples)

@@ -10,9 +10,6 @@ from torch import Tensor
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer
 
-RANGE_TOLERANCE = 1e-3
-"""How far a frame's values may leave [0, 1]: room for the rounding of resizing filters and of bf16, not for -1..1."""
-
 
 def check_context_frames(context_frames: Tensor, tokenizer: CompressiveTokenizer) -> None:
     """Refuses context frames that the tokenizer was not made for.
@@ -20,30 +17,13 @@ def check_context_frames(context_frames: Tensor, tokenizer: CompressiveTokenizer
     Raises:
         ValueError: if they are not floats of shape (B, t0, C, H, W) in [0, 1].
     """
-    config = tokenizer.config
-    if not isinstance(context_frames, Tensor):
-        raise ValueError(f"context_frames must be a tensor (B, T, C, H, W), got {type(context_frames).__name__}")
-    shape = tuple(context_frames.shape)
-    if len(shape) != 5:
-        raise ValueError(f"context_frames must have shape (B, T, C, H, W), got {shape}")
-    if not context_frames.is_floating_point():
+    tokenizer.check_frames(context_frames, "context_frames")
+    given, wanted = context_frames.shape[1], tokenizer.context_length
+    if given != wanted:
         raise ValueError(
-            f"context_frames must be floats in [0, 1], got {context_frames.dtype}: divide 8-bit frames by 255"
-        )
-    if shape[0] == 0:
-        raise ValueError(f"context_frames hold no clip: shape {shape}")
-    if shape[1] != config.context_length:
-        raise ValueError(
-            f"the model takes {config.context_length} context frames, got {shape[1]}: "
+            f"the model takes {wanted} context frames, got {given}: "
             "give the last ones of what was seen, or load the model with context_length="
         )
-    expected = (config.in_channels, config.resolution, config.resolution)
-    if shape[2:] != expected:
-        raise ValueError(f"frames must be (C, H, W) = {expected} for this model, got {shape[2:]}")
-    low, high = context_frames.min().item(), context_frames.max().item()
-    # written so that NaN, which compares false with everything, is refused too
-    if not (low >= -RANGE_TOLERANCE and high <= 1.0 + RANGE_TOLERANCE):
-        raise ValueError(f"context_frames must lie in [0, 1], got values from {low:g} to {high:g}")
 
 
 def check_actions(actions: Any, transformer: Transformer, shape: tuple[int | None, ...], device: Any) -> Tensor | None:

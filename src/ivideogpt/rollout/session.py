@@ -138,9 +138,7 @@ class Session:
             if self._normalize_actions is not None:
                 slot_actions = self._normalize_actions(slot_actions)
             embedding = embedding + self._transformer.embed_actions(slot_actions)
-        sampler = partial(
-            sample_token, temperature=self._temperature, top_k=self._top_k, generator=self._generator
-        )  # fmt: skip
+        sampler = partial(sample_token, temperature=self._temperature, top_k=self._top_k, generator=self._generator)
         count = self._layout.dynamics_tokens_per_frame
         tokens, hidden = sample_frame(self._transformer, cache, embedding, count, sampler)
         tokens = torch.cat([self._slot, tokens], dim=1)
@@ -193,12 +191,12 @@ class Session:
     @property
     def frames(self) -> Tensor:
         """Video (B, t0 + steps, C, H, W) in [0, 1]: the reconstructed context, then what was imagined."""
-        return torch.cat([self._context_frames, *(step.frame[:, None] for step in self._steps)], dim=1).clone()
+        return torch.cat([self._context_frames, *(step.frame[:, None] for step in self._steps)], dim=1)
 
     @property
     def tokens(self) -> Tensor:
         """Tokens (B, L) of :attr:`frames`."""
-        return torch.cat([self._context_tokens, *(step.tokens for step in self._steps)], dim=1).clone()
+        return torch.cat([self._context_tokens, *(step.tokens for step in self._steps)], dim=1)
 
     @property
     def rewards(self) -> Tensor | None:
@@ -206,7 +204,7 @@ class Session:
         if self._reward_head is None:
             return None
         rewards = [step.reward for step in self._steps if step.reward is not None]
-        return torch.stack(rewards, dim=1).clone() if rewards else torch.zeros(self._batch, 0, device=self._device)
+        return torch.stack(rewards, dim=1) if rewards else torch.zeros(self._batch, 0, device=self._device)
 
     def __enter__(self) -> Session:
         return self
