@@ -71,3 +71,21 @@ def test_quantizer_takes_the_nearest_entry_and_passes_the_gradient():
     assert torch.equal(gradient, torch.ones_like(z))
     expected = 2 * (z - quantizer.embedding(brute)).square().mean()
     torch.testing.assert_close(out.commitment_loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (torch.rand(3, 3, 32, 32), r"shape \(B, T, C, H, W\), got \(3, 3, 32, 32\)"),
+        (torch.rand(1, 3, 3, 32, 16), r"\(3, 32, 32\) for this model, got \(3, 32, 16\)"),
+        (torch.zeros(1, 3, 3, 32, 32, dtype=torch.uint8), "got torch.uint8: divide 8-bit frames by 255"),
+        (torch.full((1, 3, 3, 32, 32), 255.0), "values from 255 to 255"),
+        (torch.full((1, 3, 3, 32, 32), float("nan")), "values from nan"),
+        (torch.rand(1, 1, 3, 32, 32), "video of 1 frames is shorter than the model's context of 2"),
+        (torch.rand(0, 3, 3, 32, 32), "holds no clip"),
+        ([[0.0]], "must be a tensor"),
+    ],
+)
+def test_videos_that_do_not_fit_are_refused(tokenizer, video, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.tokenize(video)

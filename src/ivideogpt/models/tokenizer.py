@@ -20,6 +20,9 @@ from ivideogpt.models.quantizer import QuantizerOutput, VectorQuantizer
 Features = list[Tensor]
 """One tensor (B*t0, C, h, w) a level, of the context encoder or of the context decoder."""
 
+RANGE_TOLERANCE = 1e-3
+"""How far a frame's values may leave [0, 1]: room for the rounding of resizing filters and of bf16, not for -1..1."""
+
 
 @dataclass
 class TokenizerOutput:
@@ -99,14 +102,51 @@ class CompressiveTokenizer(nn.Module):
                 block.set_context_length(context_length)
         self.config = replace(self.config, context_length=context_length)
 
+    def check_frames(self, frames: Tensor, name: str = "video") -> None:
+        """Refuses frames that this tokenizer was not made for.
+
+        Raises:
+            ValueError: if ``frames`` are not floats in [0, 1] of shape (B, T, C, H, W), with the model's C, H and W.
+        """
+        config = self.config
+        if not isinstance(frames, Tensor):
+            raise ValueError(f"{name} must be a tensor (B, T, C, H, W), got {type(frames).__name__}")
+        shape = tuple(frames.shape)
+        if len(shape) != 5:
+            raise ValueError(f"{name} must have shape (B, T, C, H, W), got {shape}")
+        if not frames.is_floating_point():
+            raise ValueError(f"{name} must be floats in [0, 1], got {frames.dtype}: divide 8-bit frames by 255")
+        if shape[0] == 0:
+            raise ValueError(f"{name} holds no clip: shape {shape}")
+        expected = (config.in_channels, config.resolution, config.resolution)
+        if shape[2:] != expected:
+            raise ValueError(f"{name} must have frames (C, H, W) = {expected} for this model, got {shape[2:]}")
+        low, high = (value.item() for value in frames.aminmax()) if frames.numel() else (0.0, 0.0)
+        # written so that NaN, which compares false with everything, is refused too
+        if not (low >= -RANGE_TOLERANCE and high <= 1.0 + RANGE_TOLERANCE):
+            raise ValueError(f"{name} must lie in [0, 1], got values from {low:g} to {high:g}")
+
     # pixels <-> token ids
 
     def tokenize(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L) and labels (B, L) of ``video`` (B, T, C, H, W), float in [0, 1]."""
+        """Tokens (B, L) and labels (B, L) of ``video`` (B, T, C, H, W), float in [0, 1].
+
+        Raises:
+            ValueError: if the video does not fit the model, or is shorter than its context.
+        """
+        self.check_frames(video)
+        if video.shape[1] < self.context_length:
+            raise ValueError(
+                f"video of {video.shape[1]} frames is shorter than the model's context of {self.context_length}"
+            )
+        tokens = self.encode(video)
+        return tokens, self.layout.labels(tokens)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Tokens (B, L) of a ``video`` that is known to fit: no check makes the host wait for the device."""
         context_frames, future_frames = video.split([self.context_length, video.shape[1] - self.context_length], 1)
         context_indices, features = self.encode_context(context_frames)
-        tokens = self.layout.assemble(context_indices, self.encode_future(future_frames, features))
-        return tokens, self.layout.labels(tokens)
+        return self.layout.assemble(context_indices, self.encode_future(future_frames, features))
 
     def detokenize(self, tokens: Tensor) -> Tensor:
         """Video (B, T, C, H, W), not clamped, of ``tokens`` (B, L)."""

@@ -162,6 +162,7 @@ class Transformer(nn.Module):
     def rope(self, input_pos: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine (L, d) of positions (L,), computed in float32 and then cast."""
         dim, device = self.config.head_dim, input_pos.device
+        assert dim is not None
         exponent = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
         angles = input_pos.float()[:, None] * (1.0 / self.config.rope_base**exponent)
         angles = torch.cat((angles, angles), dim=-1)

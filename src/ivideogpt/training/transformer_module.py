@@ -129,7 +129,7 @@ class TransformerModule(TrainingModule):
                 f"a clip of {video.shape[1]} frames takes {length} positions, the transformer has {positions}: lower "
                 f"the data's segment_length or raise max_positions"
             )
-        return self.tokenizer.tokenize(video)[0]
+        return self.tokenizer.encode(video)
 
     def predict_clip(self, batch: dict[str, Any]) -> TeacherForced:
         """Teacher-forced forward of the clips in ``batch``; logits only where there are labels.
