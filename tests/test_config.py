@@ -29,6 +29,7 @@ def test_parameter_counts_of_the_published_presets():
 
 def test_nano_fits_into_its_place_in_the_package():
     config = WorldModelConfig.preset("nano", action_dim=4, reward=True)
+    assert config.reward_head is not None
     with torch.device("meta"):
         parts = CompressiveTokenizer(config.tokenizer), Transformer(config.transformer), RewardHead(config.reward_head)
     assert 2 * sum(map(count, parts)) < 24e6  # bytes in bf16

@@ -6,8 +6,10 @@ import torch
 from ivideogpt import from_pretrained
 from ivideogpt.models import next_token_loss
 
-# Frames are stored as float16, ids and labels exactly.
-FRAMES = {"atol": 4e-3, "rtol": 0.0}
+
+def assert_frames_close(frames: torch.Tensor, recorded: torch.Tensor) -> None:
+    """Frames are recorded as float16, everything else exactly."""
+    torch.testing.assert_close(frames, recorded.float(), atol=4e-3, rtol=0.0)
 
 
 @pytest.fixture(params=["oxe-64-act-free", "bair-64-act-cond"])
@@ -21,7 +23,7 @@ def test_tokens_labels_and_reconstruction(recorded):
     tokens, labels = tokenizer.tokenize(recorded.video)
     assert torch.equal(tokens, recorded.tensors["tokens"])
     assert torch.equal(labels, recorded.tensors["labels"])
-    torch.testing.assert_close(tokenizer.detokenize(tokens), recorded.tensors["reconstruction"].float(), **FRAMES)
+    assert_frames_close(tokenizer.detokenize(tokens), recorded.tensors["reconstruction"])
 
 
 @torch.inference_mode()
@@ -30,8 +32,8 @@ def test_training_forward_and_commitment_losses(recorded):
     context_length = tokenizer.context_length
     out = tokenizer(recorded.video[:, :context_length], recorded.video[:, context_length:])
     future, context = out.future_reconstruction.flatten(0, 1), out.context_reconstruction.flatten(0, 1)
-    torch.testing.assert_close(future, expected["train_future_reconstruction"].float(), **FRAMES)
-    torch.testing.assert_close(context, expected["train_context_reconstruction"].float(), **FRAMES)
+    assert_frames_close(future, expected["train_future_reconstruction"])
+    assert_frames_close(context, expected["train_context_reconstruction"])
     assert out.commitment_loss.item() == pytest.approx(expected["commit_loss"].item(), rel=1e-5)
     assert out.dynamics_commitment_loss.item() == pytest.approx(expected["dynamics_commit_loss"].item(), rel=1e-5)
 
@@ -52,5 +54,5 @@ def test_shortened_context(golden):
     tokenizer = from_pretrained(recorded.folder, context_length=1).tokenizer
     tokens, _ = tokenizer.tokenize(recorded.video)
     assert torch.equal(tokens, recorded.tensors["tokens_after_context_1"])
-    expected = recorded.tensors["reconstruction_after_context_1"].float()
-    torch.testing.assert_close(tokenizer.detokenize(tokens), expected, **FRAMES)
+    expected = recorded.tensors["reconstruction_after_context_1"]
+    assert_frames_close(tokenizer.detokenize(tokens), expected)

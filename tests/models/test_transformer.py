@@ -56,6 +56,7 @@ def test_an_action_moves_its_slot_and_what_follows_only():
     with torch.inference_mode():
         plain = model(tokens).logits
         assert torch.equal(model(tokens, actions, slots).logits, plain), "a fresh action layer is zero"
+        assert model.action_linear is not None
         torch.nn.init.normal_(model.action_linear.weight)
         moved = model(tokens, actions * torch.tensor([0.0, 1.0, 0.0])[:, None], slots).logits
     assert torch.equal(moved[:, :10], plain[:, :10])
