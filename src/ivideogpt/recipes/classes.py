@@ -6,6 +6,7 @@ of this package and the building blocks of lightning and torch below can be name
 
 from __future__ import annotations
 
+import enum
 import functools
 import importlib
 import inspect
@@ -13,6 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +134,7 @@ def leaves(hint: Any) -> Iterator[Any]:
             yield from leaves(part)
 
 
-_PLAIN = (str, int, float, bool, bytes, list, dict, tuple, set, types.NoneType, Any, object, ..., Path)
+_PLAIN = (str, int, float, bool, bytes, list, dict, tuple, set, types.NoneType, timedelta, Any, object, ..., Path)
 
 
 def check_arguments(cls: type, values: Any, where: str, trust: bool, skip: tuple[str, ...] = ()) -> None:
@@ -178,9 +180,12 @@ def _check_value(value: Any, hint: Any, where: str, trust: bool) -> None:
 def _check_string(value: str, hint: Any, where: str) -> None:
     """Refuses a string where jsonargparse would take it for the name of a class or function and import it."""
     kinds = list(leaves(hint))
-    names_class = any(kind is Callable or typing.get_origin(kind) is type or kind not in _PLAIN for kind in kinds)
-    takes_text = any(kind in (str, Any, Path, inspect.Parameter.empty) for kind in kinds if kind is not Callable)
-    if names_class and (not takes_text or "." in value or ":" in value) and value not in _literals(hint):
+    plain = [kind in _PLAIN or (inspect.isclass(kind) and issubclass(kind, enum.Enum)) for kind in kinds]
+    takes_text = any(kind in (str, Any, Path) for kind in kinds)
+    # an argument without a known type may be one that the class hands on to a function that it calls
+    unknown = hint in (Any, inspect.Parameter.empty)
+    names_class = unknown or not all(plain)
+    if names_class and (not takes_text or "." in value) and value not in _literals(hint):
         raise ValueError(f"{where}: write a class as class_path and init_args, got {value!r}")
 
 

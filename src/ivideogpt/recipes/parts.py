@@ -13,7 +13,7 @@ A module's argument of type tokenizer, transformer, reward head or world model i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,8 @@ def part_arguments(cls: type) -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda item: order.index(item[1])))
 
 
-def check_part(kind: str, spec: Any, where: str) -> None:
-    """Checks the keys of a part's ``spec``.
+def check_part(kind: str, spec: Any, where: str, earlier: Collection[str] = (), later: Collection[str] = ()) -> None:
+    """Checks the keys and values of a part's ``spec``, as far as they can be checked alone.
 
     Raises:
         ValueError: naming the unknown key's nearest.
@@ -77,6 +77,28 @@ def check_part(kind: str, spec: Any, where: str) -> None:
         if key not in known:
             source = " of {from: ...}" if "from" in spec else ""
             raise ValueError(f"{where}: unknown key {key!r}{source}; {nearest(str(key), known)}")
+    if "from" not in spec:
+        part_config(kind, spec, where)
+    elif spec["from"] in later and spec["from"] not in earlier:
+        raise ValueError(
+            f"{where}.from: the stage {spec['from']!r} does not come before this one"
+            + (f"; earlier stages are {', '.join(earlier)}" if earlier else "")
+        )
+
+
+def part_config(kind: str, fields: Node, where: str) -> Any:
+    """Configuration that the ``fields`` of a fresh part describe.
+
+    Raises:
+        ValueError: if a value does not fit.
+    """
+    fields = dict(fields)
+    preset = fields.pop("preset", None)
+    config_class = _CONFIGS[kind]
+    try:
+        return config_class(**fields) if preset is None else config_class.preset(preset, **fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 class PartBuilder:
@@ -110,12 +132,7 @@ class PartBuilder:
             fields.setdefault("vocab_size", tokenizer.config.vocab_size)
         if kind == "reward_head" and isinstance(transformer, Transformer):
             fields.setdefault("embed_dim", transformer.config.embed_dim)
-        config_class = _CONFIGS[kind]
-        preset = fields.pop("preset", None)
-        try:
-            config = config_class(**fields) if preset is None else config_class.preset(preset, **fields)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from error
+        config = part_config(kind, fields, where)
         return {"tokenizer": CompressiveTokenizer, "transformer": Transformer, "reward_head": RewardHead}[kind](config)
 
     def _load(self, kind: str, spec: Node, where: str) -> Any:

@@ -52,9 +52,14 @@ def load(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = (), tr
         ValueError: naming what is wrong, where, and the nearest right one.
     """
     recipe = resolve(read_file(find(path_or_name)), overrides)
-    from ivideogpt.recipes.stage import check_stage  # takes seconds, which a mistyped key need not wait for
+    from ivideogpt.recipes.checking import check_stage  # takes seconds, which a mistyped key need not wait for
 
-    recipe["stages"] = {name: check_stage(stage, f"stages.{name}", trust) for name, stage in recipe["stages"].items()}
+    names = list(recipe["stages"])
+    for index, name in enumerate(names):
+        stage = recipe["stages"][name]
+        recipe["stages"][name] = check_stage(
+            stage, f"stages.{name}", recipe["seed"], trust, earlier=names[:index], later=names[index:]
+        )
     return recipe
 
 
@@ -88,23 +93,35 @@ def run(
     from rich.console import Console
 
     from ivideogpt.recipes.results import write_text
-    from ivideogpt.recipes.stage import Stage, compose_model
+    from ivideogpt.recipes.stage import Stage, compose_model, is_finished
 
     console = Console()
     output = Path(recipe["output"])
-    folders: dict[str, Path] = {}
+    stages: list[Stage] = []
+    for name, config in recipe["stages"].items():
+        stages.append(
+            Stage(
+                name=name,
+                config=config,
+                folder=output / name,
+                seed=recipe["seed"],
+                earlier={stage.name: stage.folder for stage in stages},
+                on_change=recipe["on_change"],
+                recipe_name=recipe["name"],
+                recipe_text=text,
+            )
+        )
     with _only_run(output) as first, _quiet_lightning():
-        if first:
-            write_text(output / "recipe.yaml", text)
-        for name, config in recipe["stages"].items():
-            stage = Stage(
-                name=name, config=config, folder=output / name, seed=recipe["seed"], earlier=dict(folders),
-                on_change=recipe["on_change"], recipe_name=recipe["name"], recipe_text=text,
-            )  # fmt: skip
+        for stage in stages:
+            stage.check_unchanged()
+            if not is_finished(stage.folder):
+                stage.check_sources()
+        for stage in stages:
             stage.run(console)
-            folders[name] = stage.folder
             if first and (stage.folder / "transformer").is_dir():
                 compose_model(stage.folder, output)
+        if first:
+            write_text(output / "recipe.yaml", text)
     return output
 
 

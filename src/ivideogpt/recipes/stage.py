@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
+from rich.markup import escape
 
-from ivideogpt.recipes.classes import arguments, check_arguments, defaults, import_class
-from ivideogpt.recipes.parts import PartBuilder, check_part, part_arguments, source_folder
+from ivideogpt.recipes.checking import BASES, build_arguments
+from ivideogpt.recipes.classes import arguments, defaults, import_class
+from ivideogpt.recipes.parts import PartBuilder, part_arguments, source_folder
 from ivideogpt.recipes.reading import Node
 from ivideogpt.recipes.results import differences, fingerprint, read_record, save_tokenizer, write_record
 from ivideogpt.training.callbacks import SeededUpdates
@@ -35,38 +36,11 @@ from ivideogpt.training.progress import UpdateProgress
 from ivideogpt.zoo.checkpoint import Parts, save_parts
 from ivideogpt.zoo.published import Published
 
-OWN_TRAINER_ARGUMENTS = ("default_root_dir", "logger", "plugins")
-"""Arguments of the trainer that the runner sets itself (`logger` and `plugins` of a recipe are added to its own)."""
-
-
-def check_stage(stage: Node, where: str, trust: bool) -> Node:
-    """Checks classes and arguments of a stage; returns it with the defaults of module and data written out.
-
-    Raises:
-        ValueError: naming what is wrong, where, and the nearest right one.
-    """
-    checked: Node = {}
-    for key, base in (("module", LightningModule), ("data", LightningDataModule)):
-        node, place = stage[key], f"{where}.{key}"
-        unknown = node.keys() - {"class_path", "init_args"}
-        if "class_path" not in node or unknown:
-            raise ValueError(f"{place} must be class_path and init_args, got {sorted(node)}")
-        cls = import_class(node["class_path"], place, trust)
-        if not issubclass(cls, base):
-            raise ValueError(f"{place}: {node['class_path']} is no {base.__name__}")
-        values = node.get("init_args") or {}
-        parts = part_arguments(cls) if key == "module" else {}
-        check_arguments(cls, values, place, trust, skip=tuple(parts))
-        for name, kind in parts.items():
-            if values.get(name) is not None:
-                check_part(kind, values[name], f"{place}.{name}")
-        # written out, so that a later version with other defaults does not change what a recipe means
-        checked[key] = {"class_path": node["class_path"], "init_args": {**defaults(cls), **values}}
-    check_arguments(Trainer, stage["trainer"], f"{where}.trainer", trust)
-    if "default_root_dir" in stage["trainer"]:
-        raise ValueError(f"{where}.trainer.default_root_dir is the stage's folder; set the recipe's `output`")
-    checked["trainer"] = stage["trainer"]
-    return checked
+HARMLESS = {
+    "trainer": ("enable_model_summary", "enable_progress_bar", "log_every_n_steps", "logger", "profiler"),
+    "data": ("num_workers", "verify"),
+}
+"""Settings that cannot change the weights, and so may change between two starts of a stage."""
 
 
 @dataclass
@@ -95,7 +69,7 @@ class Stage:
 
     def run(self, console: Console) -> None:
         """Skips the stage if it is finished, else resumes or starts it."""
-        settings = {"seed": self.seed, **json.loads(json.dumps(self.config)), "inputs": self._inputs()}
+        settings = self._settings(self._inputs())
         record = read_record(self.folder)
         if record is not None:
             record = self._settle_changes(record, settings, console)
@@ -128,29 +102,63 @@ class Stage:
             console.print(f"[bold]{self.name}[/]: finished in {record['seconds']} s", highlight=False)
         trainer.strategy.barrier()
 
+    def check_sources(self) -> None:
+        """Finds (fetches) what the stage starts from outside of the recipe, and opens its data.
+
+        So a mistake in the last stage does not wait until the others are done.
+
+        Raises:
+            ValueError: if a source is not there.
+        """
+        for where, spec in self._sources().items():
+            if spec["from"] not in self.earlier:
+                source_folder(spec, self.earlier, where)
+        self._build(LightningDataModule, "data").prepare_data()
+
+    def _sources(self) -> dict[str, Node]:
+        """Parts of the module that come from somewhere, by their place in the recipe."""
+        kinds, values = part_arguments(self._class("module")), self.config["module"]["init_args"]
+        specs = {f"stages.{self.name}.module.{name}": values.get(name) for name in kinds}
+        return {where: spec for where, spec in specs.items() if spec is not None and "from" in spec}
+
     def _inputs(self) -> dict[str, str]:
         """Fingerprints of what the stage starts from, so that a change of an earlier stage is noticed."""
-        found = {}
-        for argument, spec in self.config["module"]["init_args"].items():
-            if argument in part_arguments(self._class("module")) and spec is not None and "from" in spec:
-                where = f"stages.{self.name}.module.{argument}"
-                found[argument] = fingerprint(source_folder(spec, self.earlier, where))
-        return found
+        sources = self._sources().items()
+        return {
+            where.rpartition(".")[2]: fingerprint(source_folder(spec, self.earlier, where)) for where, spec in sources
+        }
+
+    def check_unchanged(self) -> None:
+        """Refuses a stage that was begun with other settings, before an earlier one takes its hours.
+
+        Raises:
+            ValueError: naming the differences, unless ``on_change`` says what to do about them.
+        """
+        record = read_record(self.folder)
+        if record is not None and self.on_change == "error":
+            inputs = record.get("settings", {}).get("inputs")  # not known before the earlier stages are done
+            self._settle_changes(record, self._settings(inputs), Console(quiet=True))
+
+    def _settings(self, inputs: Any) -> Node:
+        """Everything that decides the result, as plain data."""
+        return {"seed": self.seed, **json.loads(json.dumps(self.config)), "inputs": inputs}
 
     def _settle_changes(self, record: Node, settings: Node, console: Console) -> Node | None:
-        changes = list(differences(record.get("settings"), self._without_new_defaults(record, settings)))
+        changes = self._changes(record.get("settings", {}), settings)
         if not changes:
             return record
         listed = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
         if self.on_change == "continue":
-            console.print(f"[bold]{self.name}[/]: going on with other settings: {listed}", highlight=False)
+            console.print(f"[bold]{self.name}[/]: going on with other settings: {escape(listed)}", highlight=False)
             return {**record, "state": "running"}
         if self.on_change == "rerun":
             number = 1
             while (aside := self.folder.with_name(f"{self.folder.name}.previous-{number}")).exists():
                 number += 1
             self.folder.rename(aside)
-            console.print(f"[bold]{self.name}[/]: run anew, the old one is {aside}: {listed}", highlight=False)
+            console.print(
+                f"[bold]{self.name}[/]: run anew, the old one is {escape(f'{aside}: {listed}')}", highlight=False
+            )
             return None
         raise ValueError(
             f"stage {self.name!r} in {self.folder} was {record['state']} with other settings: {listed}. Give another "
@@ -158,42 +166,34 @@ class Stage:
             f"checkpoint, with the new settings)"
         )
 
-    def _without_new_defaults(self, record: Node, settings: Node) -> Node:
-        """Settings less the arguments that a later version of a class brought, as long as they have their default."""
-        settings = copy.deepcopy(settings)
-        for key in ("module", "data"):
-            old = record.get("settings", {}).get(key, {}).get("init_args", {})
-            values = settings[key]["init_args"]
+    def _changes(self, old: Node, new: Node) -> list[str]:
+        """Differences that can matter: not arguments that a later version of a class brought, left at their default."""
+        old, new = copy.deepcopy(old), copy.deepcopy(new)
+        for key in BASES:
+            known, values = old.get(key, {}).get("init_args", {}), new[key]["init_args"]
             for name, default in defaults(self._class(key)).items():
-                if name not in old and values.get(name) == default:
+                if name not in known and values.get(name) == default:
                     values.pop(name, None)
-        return settings
+        for key, names in HARMLESS.items():
+            for settings in (old, new):
+                node = settings.get(key, {})
+                for name in names:
+                    node.get("init_args", node).pop(name, None)
+        return list(differences(old, new))
 
     def _class(self, key: str) -> type:
         return import_class(self.config[key]["class_path"], f"stages.{self.name}.{key}", trust=True)  # checked before
 
-    def _arguments(self, cls: type, key: str, values: Node, skip: set[str]) -> Node:
-        """Arguments with their types checked and the classes inside of them built."""
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(cls, key, skip=skip, instantiate=False)
-        try:
-            parsed = parser.parse_object({key: {name: value for name, value in values.items() if name not in skip}})
-        except Exception as error:  # jsonargparse raises several kinds
-            message = " ".join(str(error).split())
-            raise ValueError(f"stages.{self.name}.{key}: {message}") from error
-        built = parser.instantiate_classes(parsed)[key]
-        return {name: value.as_dict() if isinstance(value, Namespace) else value for name, value in vars(built).items()}
-
     def _build(self, base: type, key: str) -> Any:
         cls = self._class(key)
-        built = cls(**self._arguments(cls, key, self.config[key]["init_args"], set()))
+        built = cls(**build_arguments(cls, self.config[key]["init_args"], f"stages.{self.name}.{key}"))
         assert isinstance(built, base)
         return built
 
     def _module(self, builder: PartBuilder) -> Any:
         cls, values = self._class("module"), self.config["module"]["init_args"]
         kinds = part_arguments(cls)
-        kwargs = self._arguments(cls, "module", values, set(kinds))
+        kwargs = build_arguments(cls, values, f"stages.{self.name}.module", skip=kinds)
         for argument, kind in kinds.items():
             where = f"stages.{self.name}.module.{argument}"
             kwargs[argument] = None if values.get(argument) is None else builder.build(kind, values[argument], where)
@@ -208,7 +208,7 @@ class Stage:
 
     def _trainer(self) -> tuple[Trainer, Path | None]:
         settings = dict(self.config["trainer"])
-        kwargs = self._arguments(Trainer, "trainer", settings, {"default_root_dir"})
+        kwargs = build_arguments(Trainer, settings, f"stages.{self.name}.trainer", skip=("default_root_dir",))
         found = latest_checkpoint(self.folder / "checkpoints")
         step = 0 if found is None else found[0]
         callbacks = kwargs.pop("callbacks", None) or []
@@ -249,6 +249,12 @@ class Stage:
         parts = Parts(module.tokenizer, transformer, module.reward_head, extras, old)
         parts.published.recipe = self.recipe_text
         save_parts(self.folder, parts)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the stage in ``folder`` has been finished, be it with these settings or with others."""
+    record = read_record(folder)
+    return record is not None and record.get("state") == "finished"
 
 
 def compose_model(stage_folder: Path, output: Path) -> None:

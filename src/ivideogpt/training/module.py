@@ -63,6 +63,10 @@ class TrainingModule(LightningModule):
         """Submodules that the optimizer trains."""
         return [part for name, part in self.named_children() if name not in self._frozen]
 
+    def on_fit_start(self) -> None:
+        """Switches to training mode: a model that was loaded comes in eval mode, and Lightning leaves it there."""
+        self.train()
+
     def train(self, mode: bool = True) -> TrainingModule:
         """Switches to training mode, frozen parts left out."""
         super().train(mode)
@@ -85,9 +89,10 @@ class TrainingModule(LightningModule):
         optimizer = adamw(self.trained_parts(), self.learning_rate, self.weight_decay, self.betas)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule_of(optimizer), "interval": "step"}}
 
-    def schedule_of(self, optimizer: Optimizer) -> Any:
-        """Learning-rate schedule of ``optimizer`` over the trainer's number of updates."""
-        return scheduler(optimizer, int(self.trainer.estimated_stepping_batches), self.warmup_updates, self.schedule)
+    def schedule_of(self, optimizer: Optimizer, start: int = 0) -> Any:
+        """Learning-rate schedule of ``optimizer`` from update ``start`` to the trainer's last one."""
+        total = int(self.trainer.estimated_stepping_batches)
+        return scheduler(optimizer, max(total - start, 1), self.warmup_updates, self.schedule)
 
     def configure_gradient_clipping(
         self,

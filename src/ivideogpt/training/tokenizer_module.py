@@ -140,6 +140,7 @@ class TokenizerModule(TrainingModule):
     ) -> dict[str, Tensor]:
         assert self.discriminator is not None
         optimizer, critic_optimizer = self.optimizers()  # type: ignore[attr-defined]
+        schedule, critic_schedule = self.lr_schedulers()  # type: ignore[misc]
         active = self.global_step >= self.discriminator_start
         extra: dict[str, Tensor] = {"loss": terms["loss"]}
         real = torch.cat([context, future], dim=1).flatten(0, 1)
@@ -158,8 +159,7 @@ class TokenizerModule(TrainingModule):
         self.configure_gradient_clipping(optimizer.optimizer)
         optimizer.step()
         self._restart_codebooks(optimizer)
-        for schedule in self.lr_schedulers():  # type: ignore[union-attr]
-            schedule.step()
+        schedule.step()
         if active:
             critic = discriminator_loss(self.discriminator(real), self.discriminator(fake.detach()))
             self.check_finite(critic, batch)
@@ -168,6 +168,7 @@ class TokenizerModule(TrainingModule):
             self.configure_gradient_clipping(critic_optimizer.optimizer)
             # stepped below Lightning's wrapper, which would count it as one more update
             critic_optimizer.optimizer.step()
+            critic_schedule.step()
             extra["discriminator"] = critic
         return extra
 
@@ -217,4 +218,5 @@ class TokenizerModule(TrainingModule):
             return super().configure_optimizers()
         optimizer = adamw([self.tokenizer], self.learning_rate, self.weight_decay, self.betas)
         critic = adamw([self.discriminator], self.discriminator_learning_rate, 0.0, self.betas)
-        return [optimizer, critic], [self.schedule_of(optimizer), self.schedule_of(critic)]
+        # the critic's schedule begins when the critic does
+        return [optimizer, critic], [self.schedule_of(optimizer), self.schedule_of(critic, self.discriminator_start)]

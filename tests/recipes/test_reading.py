@@ -1,0 +1,164 @@
+"""Tests of reading recipes: overlays, defaults, overrides, and what each mistake says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ivideogpt.recipes.reading import dump_yaml, merge, parse_yaml, read_file, resolve
+
+STAGE = {
+    "module": {"class_path": "a.B", "init_args": {"learning_rate": 0.1, "tokenizer": {"preset": "nano"}}},
+    "data": {"class_path": "a.Data", "init_args": {"batch_size": 4}},
+    "trainer": {"max_steps": 5, "callbacks": [{"class_path": "a.C", "init_args": {"n": 1}}]},
+}
+RECIPE = {"name": "x", "stages": {"tokenizer": STAGE, "transformer": STAGE}}
+
+
+def test_overlays_are_merged_relative_to_the_recipe_and_the_recipe_wins(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "one.yaml").write_text("seed: 1\ndefaults: {trainer: {precision: 16, devices: 1}}")
+    (tmp_path / "base" / "two.yaml").write_text("base: one.yaml\ndefaults: {trainer: {precision: 32}}")
+    (tmp_path / "recipe.yaml").write_text("base: [base/two.yaml]\nname: x\nseed: 2\nstages: {}")
+    merged = read_file(tmp_path / "recipe.yaml")
+    assert merged["seed"] == 2
+    assert merged["defaults"]["trainer"] == {"precision": 32, "devices": 1}
+    assert "base" not in merged
+
+
+def test_overlays_that_are_missing_or_go_in_a_circle_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml")
+    with pytest.raises(ValueError, match=r"base names 'b.yaml', but there is no file .*b.yaml"):
+        read_file(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    with pytest.raises(ValueError, match=r"names itself in `base`, by way of a.yaml -> b.yaml"):
+        read_file(tmp_path / "a.yaml")
+
+
+def test_another_class_replaces_the_arguments_of_the_first() -> None:
+    under = {"class_path": "a.B", "init_args": {"x": 1}}
+    assert merge(under, {"init_args": {"y": 2}}) == {"class_path": "a.B", "init_args": {"x": 1, "y": 2}}
+    assert merge(under, {"class_path": "a.C"}) == {"class_path": "a.C"}
+    assert merge({"a": [1, 2]}, {"a": [3]}) == {"a": [3]}
+
+
+def test_defaults_are_folded_into_every_stage() -> None:
+    stages = {"one": {"module": STAGE["module"]}, "two": {**STAGE, "trainer": {"max_steps": 7}}}
+    defaults = {"data": STAGE["data"], "trainer": {"max_steps": 5, "devices": 1}}
+    resolved = resolve({"name": "x", "defaults": defaults, "stages": stages})
+    assert resolved["stages"]["one"]["trainer"] == {"max_steps": 5, "devices": 1}
+    assert resolved["stages"]["two"]["trainer"] == {"max_steps": 7, "devices": 1}
+    assert resolved["output"] == "runs/x"
+    assert "defaults" not in resolved
+
+
+def test_overrides_replace_any_value_with_or_without_stages_and_init_args() -> None:
+    resolved = resolve(
+        RECIPE,
+        [
+            "seed=7",
+            "stages.tokenizer.trainer.max_steps=10",
+            "transformer.module.init_args.learning_rate=5e-4",
+            "tokenizer.module.learning_rate=1e-3",
+            "tokenizer.module.tokenizer={from: elsewhere}",
+            "tokenizer.trainer.callbacks.0.n=3",
+            "tokenizer.trainer.precision=bf16-mixed",
+            "transformer.data.val=[a, b]",
+            "output=some/where=else",
+        ],
+    )
+    tokenizer, transformer = resolved["stages"]["tokenizer"], resolved["stages"]["transformer"]
+    assert resolved["seed"] == 7
+    assert resolved["output"] == "some/where=else"
+    assert tokenizer["trainer"]["max_steps"] == 10
+    assert tokenizer["trainer"]["precision"] == "bf16-mixed"
+    assert tokenizer["trainer"]["callbacks"][0]["init_args"] == {"n": 3}
+    assert tokenizer["module"]["init_args"] == {"learning_rate": 1e-3, "tokenizer": {"from": "elsewhere"}}
+    assert transformer["module"]["init_args"]["learning_rate"] == 5e-4
+    assert transformer["data"]["init_args"]["val"] == ["a", "b"]
+    assert RECIPE["stages"]["tokenizer"]["trainer"]["max_steps"] == 5  # the input stays as it was
+
+
+def test_overrides_of_defaults_reach_every_stage_and_null_drops_a_stage() -> None:
+    recipe = {**RECIPE, "defaults": {"trainer": {"devices": 1}}}
+    resolved = resolve(recipe, ["defaults.trainer.devices=2", "stages.tokenizer=null"])
+    assert list(resolved["stages"]) == ["transformer"]
+    assert resolved["stages"]["transformer"]["trainer"]["devices"] == 2
+
+
+def test_a_resolved_recipe_reads_back_as_the_same() -> None:
+    resolved = resolve(RECIPE, ["tokenizer.module.learning_rate=1e-5", "tokenizer.trainer.precision='16'"])
+    assert resolve(parse_yaml(dump_yaml(resolved), "text")) == resolved
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sead=1", r"unknown key 'sead'; did you mean 'seed'"),
+        ("stages.tokeniser.trainer.max_steps=1", r"there is no stage 'tokeniser'; did you mean 'tokenizer'"),
+        ("tokenizr.trainer.max_steps=1", r"unknown key 'tokenizr'; did you mean 'tokenizer'"),
+        ("stages.tokenizer.trainr.max_steps=1", r"stages.tokenizer: unknown key 'trainr'; did you mean 'trainer'"),
+        ("defaults.modul.x=1", r"defaults: unknown key 'modul'; did you mean 'module'"),
+        ("seed", r"override 'seed' must be key=value"),
+        ("=1", r"override '=1' must be key=value"),
+        ("seed.x=1", r"seed.x: seed is 3, it has nothing inside"),
+        ("tokenizer.trainer.callbacks.4.n=1", r"is a list of 1, it has no '4'"),
+        ("seed=[1", r"the value of override 'seed=\[1' is not valid YAML"),
+        ("base=x.yaml", r"`base` can only stand in a recipe file"),
+        ("seed=-1", r"seed must be a whole number from 0 on, got -1"),
+        ("name=a/b", r"needs a `name` of letters.*got 'a/b'"),
+        ("on_change=ask", r"on_change must be one of error, rerun, continue, got 'ask'"),
+        ("tokenizer.module=5", r"stages.tokenizer needs `module`, a mapping, got 5"),
+    ],
+)
+def test_wrong_overrides_name_what_is_wrong(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve({**RECIPE, "seed": 3}, [override])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"name": "x"}, "needs `stages`"),
+        ({"name": "x", "stages": {"a b": STAGE}}, "stage name 'a b' must be of letters"),
+        ({"name": "x", "stages": {"model": STAGE}}, "and not 'model'"),
+        ({"name": "x", "stages": {"..": STAGE}}, "stage name '..' must be of letters"),
+        ({"name": "x", "stages": {"one": {"module": {}, "data": {}}}}, "stages.one needs `trainer`"),
+        ({"stages": {"one": STAGE}}, "needs a `name`"),
+        ({"name": "x", "stages": {"one": STAGE}, "trainer": {}}, "unknown key 'trainer'"),
+    ],
+)
+def test_wrong_recipes_name_what_is_wrong(recipe: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("5E+3", 5e3), ("1.5", 1.5), ("3", 3), ("no", "no"), ("on", "on"), ("true", True), ("~", None),
+     ("2024-01-01", "2024-01-01"), ("[1, 2.0]", [1, 2.0]), ("runs/1e5", "runs/1e5"), ("e5", "e5")],
+)  # fmt: skip
+def test_scalars(text: str, value: object) -> None:
+    found = parse_yaml(text, "x")
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: 1\na: 2", "key 'a' stands here twice"), ("a: [", "not valid YAML"), ("1: 2", "key 1 is no word"),
+     ("a: !!python/object/apply:os.system [ls]", "not valid YAML")],
+)  # fmt: skip
+def test_bad_yaml_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_yaml(text, "recipe.yaml")
+
+
+def test_a_recipe_file_must_hold_a_mapping_of_text(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="must hold a mapping"):
+        read_file(tmp_path / "list.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is no text file"):
+        read_file(tmp_path / "binary.yaml")

@@ -1,0 +1,75 @@
+"""Every recipe of the package is resolved, built and brought through all of its stages without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import ivideogpt
+from ivideogpt import recipes
+from ivideogpt.config import WorldModelConfig
+from ivideogpt.recipes.reading import dump_yaml, parse_yaml, resolve
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+EMBEDDED = {"debug", "demo", "metaworld_nano"}
+"""Recipes that must run with nothing but the package: no perceptual network."""
+
+
+def test_all_recipes_are_found() -> None:
+    assert len(NAMES) == 3
+    assert set(NAMES) >= EMBEDDED
+    assert recipes.recipes_folder() == FOLDER
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_is_built(name: str, shards: dict[str, str], tmp_path: Path) -> None:
+    start = ivideogpt.WorldModel(WorldModelConfig.preset("nano", action_dim=4, reward=True))
+    start.save_pretrained(tmp_path / "start")
+    recipe = recipes.load(name)
+    words = [f"output={tmp_path / 'out'}"]
+    for stage, content in recipe["stages"].items():
+        data = content["data"]["init_args"]
+        length = min(data["segment_length"], 20)
+        words += [f"{stage}.data.train={shards['px64']}", f"{stage}.data.val={shards['px64']}"]
+        words += [f"{stage}.data.batch_size=1", f"{stage}.data.segment_length={length}"]
+        words += [f"{stage}.trainer.max_steps=0", f"{stage}.trainer.limit_test_batches=1"]
+        for part, spec in content["module"]["init_args"].items():
+            if isinstance(spec, dict) and spec.get("from") == "ivideogpt-metaworld-nano":
+                words.append(f"{stage}.module.{part}.from={tmp_path / 'start'}")
+        if "horizon" in content["module"]["init_args"]:
+            words.append(f"{stage}.module.horizon=1")
+    output = recipes.run(name, words)
+    assert output is not None
+    model = ivideogpt.from_pretrained(output / "model")
+    assert model.config.action_dim == 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_header_says_command_hardware_time_and_expected_result(name: str) -> None:
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    header = text.split("\nname:")[0]
+    assert f"Command   lightning run recipes/{name}.yaml" in header
+    for word in ("Data", "Hardware", "Time", "Expected"):
+        assert f"\n# {word} " in header
+    assert f"name: {name}\n" in text
+    assert name in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_is_portable(name: str) -> None:
+    recipe = recipes.load(name)
+    assert resolve(parse_yaml(dump_yaml(recipe), name)) == recipe
+
+    def strings(node: object) -> list[str]:
+        if isinstance(node, dict):
+            return [*node, *(text for value in node.values() for text in strings(value))]
+        if isinstance(node, list):
+            return [text for value in node for text in strings(value)]
+        return [node] if isinstance(node, str) else []
+
+    assert not [text for text in strings(recipe) if text.startswith(("/", "~"))]
+    if name in EMBEDDED:
+        for stage in recipe["stages"].values():
+            assert stage["module"]["init_args"].get("perceptual_weight", 0.0) == 0.0
