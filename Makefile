@@ -19,7 +19,7 @@ test: $(VENV)/.dev $(VENV)/.gl
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=worksteal $(PYTEST_ARGS)
 
 # A stamp is newer than pyproject.toml once its packages are in, so that a second run installs nothing.
 $(VENV)/.core: pyproject.toml | $(VENV)/.created

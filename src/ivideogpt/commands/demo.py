@@ -21,7 +21,7 @@ MODEL = "ivideogpt-metaworld-nano"
 SPLITS = {"train": "train", "heldout": "held-out"}  # folder -> what a person calls it
 METHODS = {"last frame": "repeat_last_frame", "before": "model", "after": "model"}
 HORIZON = 10
-CLIPS_PER_EPISODE = 3
+CLIPS_PER_EPISODE = 2
 
 
 def add_parser(subparsers: Any) -> None:
