@@ -48,3 +48,17 @@ def make_set(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _simulator(request: pytest.FixtureRequest) -> None:
+    """Skips tests marked `simulator` where there is no simulator or nothing to render with."""
+    if request.node.get_closest_marker("simulator") is None:
+        return
+    pytest.importorskip("metaworld")
+    from ivideogpt.data.sources.rendering import choose_gl
+
+    try:
+        choose_gl()
+    except OSError as error:
+        pytest.skip(str(error))
