@@ -144,6 +144,19 @@ def test_unknown_task(tmp_path: Path) -> None:
         collect("fly", 1, out=tmp_path / "out")
 
 
+@pytest.mark.simulator
+def test_mujoco_may_have_been_imported_before(tmp_path: Path) -> None:
+    """It chooses its OpenGL when it is imported, and without MUJOCO_GL that is the window system's."""
+    code = f"""
+import mujoco
+from ivideogpt.data.sources.metaworld import collect
+collect("plate-slide", 1, out={str(tmp_path / "out")!r}, workers=0, max_steps=1)
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "DISPLAY")}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=280)
+    assert verify_set(tmp_path / "out") == []
+
+
 def test_without_metaworld(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "metaworld", None)
     monkeypatch.setitem(sys.modules, "metaworld.policies", None)

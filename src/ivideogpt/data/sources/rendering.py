@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -33,6 +34,8 @@ def choose_gl() -> str:
         result = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True)
         if result.returncode == 0 and "drawn" in result.stdout:
             os.environ["MUJOCO_GL"] = name
+            if "mujoco.gl_context" in sys.modules:  # imported before, when it chose a window system
+                importlib.reload(sys.modules["mujoco.gl_context"])
             return name
         lines = result.stderr.strip().splitlines()
         failures.append(f"{name}: {lines[-1] if lines else f'exit status {result.returncode}'}")
