@@ -34,13 +34,13 @@ def model(tiny_world_model: Callable[..., WorldModel], tmp_path: Path) -> Path:
 def test_demo(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["demo", "--model", str(model), "--out", "demo", "--updates"]
-    monkeypatch.setattr(sys, "argv", ["ivideogpt", *words, "2"])
+    monkeypatch.setattr(sys, "argv", ["ivideogpt", *words, "6"])
     interrupt([*words, "100000"], tmp_path)
     out = Path("demo")
     assert not (out / "report.html").exists()
     assert not (out / "model").exists()
 
-    assert cli.main([*words, "2"]) == 0
+    assert cli.main([*words, "6"]) == 0
     printed = capsys.readouterr().out
     assert f"Found {episodes('train')} train episodes" in printed
     assert f"Found {episodes('heldout')} held-out episodes" in printed
@@ -51,7 +51,7 @@ def test_demo(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     check_page((out / "report.html").read_text())
 
     first = (out / "model" / "transformer" / "model.safetensors").read_bytes()
-    assert cli.main([*words, "2"]) == 0
+    assert cli.main([*words, "6"]) == 0
     assert "skipped" in capsys.readouterr().out
     assert (out / "model" / "transformer" / "model.safetensors").read_bytes() == first
 

@@ -16,9 +16,6 @@ import yaml
 from ivideogpt import cli
 from ivideogpt.zoo.registry import EMBEDDED, entries
 
-if sys.version_info >= (3, 11):
-    import tomllib
-
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -95,8 +92,8 @@ def test_make_knows_the_targets() -> None:
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
 def test_the_extras_exist() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="came with Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = set(re.findall(r"'\.\[(\w+)\]'", README))
     assert named == set(project["optional-dependencies"]) - {"dev"}

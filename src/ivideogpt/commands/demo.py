@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     start = ivideogpt.from_pretrained(args.model)
     clips = ClipSet(str(out / "data" / "heldout"), start, HORIZON, CLIPS_PER_EPISODE)
     before = score(start, clips, "before fine-tuning")
-    overrides = recipe_overrides(args.recipe, out, args.model, args.updates)
+    overrides = recipe_overrides(args.recipe, out, args.model, start, args.updates)
     console.print("Fine-tuning; Ctrl-C stops it, the same command goes on.", highlight=False)
     folder = recipes.run(args.recipe, overrides)
     assert folder is not None
@@ -123,7 +123,7 @@ def score(wm: WorldModel, clips: ClipSet, when: str) -> dict[str, Any]:
     return evaluate_rollouts(wm, shown, horizon=HORIZON, temperature=0.0, name=when)
 
 
-def recipe_overrides(recipe: str, out: Path, model: str, updates: int | None) -> list[str]:
+def recipe_overrides(recipe: str, out: Path, model: str, wm: WorldModel, updates: int | None) -> list[str]:
     """The `key=value` words that point a recipe at the demo's data, model and folder."""
     from ivideogpt import recipes
 
@@ -132,6 +132,8 @@ def recipe_overrides(recipe: str, out: Path, model: str, updates: int | None) ->
         data = {split: out / "data" / folder for split, folder in (("train", "train"), ("val", "heldout"))}
         words += [f"{name}.data.{key}={folder}" for key, folder in data.items()]
         if model != MODEL:
+            words.append(f"{name}.data.resolution={wm.config.tokenizer.resolution}")
+            words.append(f"{name}.data.context_length={wm.config.context_length}")
             for part, spec in stage["module"]["init_args"].items():
                 if isinstance(spec, Mapping) and spec.get("from") == MODEL:
                     words.append(f"{name}.module.{part}.from={model}")
@@ -306,9 +308,11 @@ def _training_record(folder: Path) -> dict[str, Any]:
         (one for one in records if one["state"] == "finished" and ".previous-" not in one["folder"].name),
         key=lambda one: one["finished"],
     )
-    with open(last["folder"] / "metrics.csv", newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
-    loss = [(float(row["step"]) + 1, float(row["train/loss"])) for row in rows]
+    loss = []
+    if (last["folder"] / "metrics.csv").exists():  # a few updates may be fewer than it takes to log
+        with open(last["folder"] / "metrics.csv", newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
+        loss = [(float(row["step"]) + 1, float(row["train/loss"])) for row in rows]
     return {"updates": last["updates"], "seconds": last["seconds"], "seed": last["settings"]["seed"], "loss": loss}
 
 
