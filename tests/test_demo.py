@@ -174,6 +174,7 @@ def test_charts_leave_out_what_is_not_a_number() -> None:
     chart = line_chart([Series("a", [(0, 1.0), (1, float("nan")), (2, 3.0)], "truth")], "frame")
     assert chart.count("<circle") == 2
     assert "nan" not in chart
+    assert line_chart([Series("a", [(5, 1.0)], "truth")], "update").count("<circle") == 1
     assert line_chart([Series("a", [(0, float("inf"))], "truth")], "frame") == ""
 
 

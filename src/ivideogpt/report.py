@@ -181,7 +181,8 @@ def line_chart(series: Sequence[Series], x_label: str, width: int = 420, height:
     left, right, top, bottom = 44, 8, 8, 30
     x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points), whole=True)
     y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
-    x = _Scale(min(p[0] for p in points), max(max(p[0] for p in points), x_ticks[0] + 1), left, width - right, x_ticks)
+    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
+    x = _Scale(x_low, max(x_high, x_low + 1), left, width - right, x_ticks)
     y = _Scale(y_ticks[0], y_ticks[-1], height - bottom, top, y_ticks)
     parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{x_label}">']
     for value in y.ticks:
