@@ -97,6 +97,11 @@ def test_functions_hidden_in_arguments_are_refused() -> None:
         {"strategy": node("strategies.DDPStrategy", ddp_comm_hook="os.system")},
         {"strategy": node("strategies.DDPStrategy", model_averager={"class_path": "subprocess.Popen"})},
         {"callbacks": ["LambdaCallback"]},
+        # strings that are parsed again, where an escape hides the dot
+        {"profiler": '{"class_path": "PyTorchProfiler", "init_args": {"on_trace_ready": "os\\u002esystem"}}'},
+        {"strategy": '{"class_path": "__main__\\u002eHostile"}'},
+        {"strategy": "{class_path: Hostile}"},
+        {"accelerator": "class_path: Hostile"},
     ]
     for values in nodes:
         with pytest.raises(ValueError, match=r"may not name|write a class as class_path"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from typing import Any
 
@@ -51,10 +52,19 @@ def check_stage(
         checked[key] = {"class_path": node["class_path"], "init_args": {**defaults(cls), **own_seed, **values}}
     if "default_root_dir" in stage["trainer"]:
         raise ValueError(f"{where}.trainer.default_root_dir is the stage's folder; set the recipe's `output`")
+    if trains(import_class(stage["module"]["class_path"], where, trust)) and not (
+        {"max_steps", "max_epochs", "max_time"} & stage["trainer"].keys()
+    ):
+        raise ValueError(f"{where}.trainer does not say how long to train: give max_steps")
     check_arguments(Trainer, stage["trainer"], f"{where}.trainer", trust)
     parse_arguments(Trainer, stage["trainer"], f"{where}.trainer")
     checked["trainer"] = stage["trainer"]
     return checked
+
+
+def trains(module: type) -> bool:
+    """Whether a module class is trained; others are tested, as evaluations are."""
+    return getattr(module, "training_step", None) is not LightningModule.training_step
 
 
 def parse_arguments(
@@ -67,7 +77,8 @@ def parse_arguments(
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "value", skip=set(skip), instantiate=False)
-    given = {name: value for name, value in values.items() if name not in skip}
+    # a copy: jsonargparse puts its own objects into the lists that it is given
+    given = copy.deepcopy({name: value for name, value in values.items() if name not in skip})
     try:
         return parser, parser.parse_object({"value": given})
     except Exception as error:  # jsonargparse raises several kinds

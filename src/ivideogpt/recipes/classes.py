@@ -134,6 +134,7 @@ def leaves(hint: Any) -> Iterator[Any]:
             yield from leaves(part)
 
 
+_WORD = re.compile(r"[A-Za-z0-9_:,+-]*")
 _PLAIN = (str, int, float, bool, bytes, list, dict, tuple, set, types.NoneType, timedelta, Any, object, ..., Path)
 
 
@@ -185,7 +186,8 @@ def _check_string(value: str, hint: Any, where: str) -> None:
     # an argument without a known type may be one that the class hands on to a function that it calls
     unknown = hint in (Any, inspect.Parameter.empty)
     names_class = unknown or not all(plain)
-    if names_class and (not takes_text or "." in value) and value not in _literals(hint):
+    # text is parsed as YAML or JSON first, where an escape can hide a dot: only a bare word is surely no class
+    if names_class and not (takes_text and _WORD.fullmatch(value)) and value not in _literals(hint):
         raise ValueError(f"{where}: write a class as class_path and init_args, got {value!r}")
 
 

@@ -90,6 +90,8 @@ def run(
     if print_config:
         print(text, end="")
         return None
+    # where it was run is nobody's business who gets the weights
+    text = dump_yaml({key: value for key, value in recipe.items() if key not in ("output", "on_change")})
     from rich.console import Console
 
     from ivideogpt.recipes.results import write_text
@@ -111,14 +113,16 @@ def run(
                 recipe_text=text,
             )
         )
+    last = next((stage for stage in reversed(stages) if stage.makes_world_model), None)
     with _only_run(output) as first, _quiet_lightning():
         for stage in stages:
             stage.check_unchanged()
             if not is_finished(stage.folder):
                 stage.check_sources()
         for stage in stages:
-            stage.run(console)
-            if first and (stage.folder / "transformer").is_dir():
+            if stage.trains or first:  # an evaluation runs in one process only
+                stage.run(console if first else Console(quiet=True))
+            if first and stage is last:
                 compose_model(stage.folder, output)
         if first:
             write_text(output / "recipe.yaml", text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import filecmp
 import json
 import shutil
 import signal
@@ -17,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.markup import escape
 
-from ivideogpt.recipes.checking import BASES, build_arguments
+from ivideogpt.recipes.checking import BASES, build_arguments, trains
 from ivideogpt.recipes.classes import arguments, defaults, import_class
 from ivideogpt.recipes.parts import PartBuilder, part_arguments, source_folder
 from ivideogpt.recipes.reading import Node
@@ -33,9 +35,11 @@ from ivideogpt.training.callbacks import SeededUpdates
 from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, latest_checkpoint
 from ivideogpt.training.logs import MetricsCSV
 from ivideogpt.training.progress import UpdateProgress
-from ivideogpt.zoo.checkpoint import Parts, save_parts
+from ivideogpt.zoo.checkpoint import FILES, Parts, save_parts
+from ivideogpt.zoo.folder import finish_interrupted_save, replacing_files
 from ivideogpt.zoo.published import Published
 
+PART_NAMES = ("tokenizer", "transformer")
 HARMLESS = {
     "trainer": ("enable_model_summary", "enable_progress_bar", "log_every_n_steps", "logger", "profiler"),
     "data": ("num_workers", "verify"),
@@ -67,6 +71,16 @@ class Stage:
     recipe_name: str
     recipe_text: str
 
+    @property
+    def trains(self) -> bool:
+        """Whether the stage makes weights."""
+        return trains(self._class("module"))
+
+    @property
+    def makes_world_model(self) -> bool:
+        """Whether a whole world model comes out of the stage."""
+        return self.trains and "transformer" in part_arguments(self._class("module")).values()
+
     def run(self, console: Console) -> None:
         """Skips the stage if it is finished, else resumes or starts it."""
         settings = self._settings(self._inputs())
@@ -83,10 +97,11 @@ class Stage:
         builder = PartBuilder(self.earlier)
         module = self._module(builder)
         data = self._build(LightningDataModule, "data")
+        check_fit(module, data, self.name)
         trainer, checkpoint = self._trainer()
         if trainer.is_global_zero:
             write_record(self.folder, record)
-        if is_overridden("training_step", module, LightningModule):
+        if trains(type(module)):
             with _interrupts_raised(trainer):
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             if trainer.is_global_zero:
@@ -215,7 +230,8 @@ class Stage:
         callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), SeededUpdates(self.seed)]
         if not any(isinstance(callback, Checkpoints) for callback in callbacks):
             callbacks.append(Checkpoints())
-        if kwargs.get("enable_progress_bar") is not False:
+        own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if kwargs.get("enable_progress_bar") is not False and not own_bar:
             callbacks.append(UpdateProgress(self.name))
         logger = kwargs.pop("logger", None)
         loggers: list[Any] = []
@@ -229,7 +245,12 @@ class Stage:
             kwargs["num_sanity_val_steps"] = 0
         if "enable_model_summary" not in settings:
             kwargs["enable_model_summary"] = False
-        trainer = Trainer(**kwargs, default_root_dir=self.folder, callbacks=callbacks, logger=loggers, plugins=plugins)
+        try:
+            trainer = Trainer(
+                **kwargs, default_root_dir=self.folder, callbacks=callbacks, logger=loggers, plugins=plugins
+            )
+        except MisconfigurationException as error:
+            raise ValueError(f"stages.{self.name}.trainer: {error}") from error
         return trainer, None if found is None else found[1]
 
     def _save(self, module: Any, builder: PartBuilder, updates: int) -> None:
@@ -243,12 +264,37 @@ class Stage:
         extras = {**(loaded.extras if loaded else {}), "recipe": self.recipe_name, "training": training}
         extras |= module.action_statistics
         source = (self.config["module"]["init_args"].get("transformer") or {}).get("from")
-        if source is not None and source not in self.earlier:
+        if source is not None and source not in self.earlier and not Path(source).is_dir():
             extras["base_model"] = source
         old = loaded.published if loaded else Published()
         parts = Parts(module.tokenizer, transformer, module.reward_head, extras, old)
         parts.published.recipe = self.recipe_text
         save_parts(self.folder, parts)
+
+
+def check_fit(module: Any, data: Any, stage: str) -> None:
+    """Refuses a module and data that do not go together, before the first update.
+
+    Raises:
+        ValueError: with the two values that differ.
+    """
+    parts = getattr(module, "world_model", module)
+    tokenizer, transformer = (getattr(getattr(parts, name, None), "config", None) for name in PART_NAMES)
+    if tokenizer is None:
+        return
+    pairs = [("resolution", tokenizer.resolution, "resolution"), ("context_length", tokenizer.context_length, None)]
+    if transformer is not None and transformer.action_dim is not None:
+        pairs.append(("action_dim", transformer.action_dim, "action_dim"))
+    data.prepare_data()
+    for name, wanted, attribute in pairs:
+        found = getattr(data, attribute or name, wanted)
+        if found != wanted:
+            raise ValueError(
+                f"stages.{stage}: the model's {name} is {wanted}, that of the data is {found}; change one of the two"
+            )
+    trains_rewards = trains(type(module)) and getattr(module, "reward_head", None) is not None
+    if trains_rewards and not getattr(data, "has_rewards", True):
+        raise ValueError(f"stages.{stage}: the model has a reward head and the data have no rewards; leave it out")
 
 
 def is_finished(folder: Path) -> bool:
@@ -258,13 +304,14 @@ def is_finished(folder: Path) -> bool:
 
 
 def compose_model(stage_folder: Path, output: Path) -> None:
-    """Copies the world model of the last stage that has one to ``OUTPUT/model``, as one."""
-    from ivideogpt.zoo.checkpoint import FILES
-    from ivideogpt.zoo.folder import replacing_files
-
-    with replacing_files(output / "model") as staging:
-        for name in FILES:
-            if (stage_folder / name).is_file():
+    """Copies the world model of a stage to ``OUTPUT/model``, all files as one, unless it is there already."""
+    model = output / "model"
+    names = [name for name in FILES if (stage_folder / name).is_file()]
+    if model.is_dir():
+        finish_interrupted_save(model)
+    if filecmp.cmpfiles(stage_folder, model, names, shallow=False)[0] != names:
+        with replacing_files(model) as staging:
+            for name in names:
                 (staging / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(stage_folder / name, staging / name)
 

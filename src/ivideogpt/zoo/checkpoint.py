@@ -104,7 +104,7 @@ def load_parts(
         OSError: if a file cannot be read.
     """
     folder = Path(folder)
-    wanted_dtype, wanted_device = as_dtype(dtype), torch.device(device or "cpu")
+    wanted_dtype, wanted_device = as_dtype(dtype), _usable_device(device)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder")
     finish_interrupted_save(folder)
@@ -290,3 +290,12 @@ def _extras_to_write(parts: Parts) -> dict[str, Any]:
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _usable_device(device: torch.device | str | None) -> torch.device:
+    try:
+        usable = torch.device(device or "cpu")
+        torch.empty(0, device=usable)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return usable
