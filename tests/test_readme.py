@@ -41,10 +41,9 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def nano() -> Path:
-    """The embedded model's folder; test_wheel.py fails where it is missing."""
+    """The embedded model's folder."""
     folder = EMBEDDED / "ivideogpt-metaworld-nano"
-    if not folder.is_dir():
-        pytest.skip(f"the embedded model is not there: {folder}")
+    assert folder.is_dir(), f"the embedded model is not there: {folder}"
     return folder
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import ivideogpt
 from ivideogpt import recipes
+from ivideogpt.cli import lightning_main
 from ivideogpt.config import WorldModelConfig
 from ivideogpt.recipes.reading import dump_yaml, parse_yaml, resolve
 
@@ -44,6 +45,17 @@ def test_recipe_is_built(name: str, shards: dict[str, str], tmp_path: Path) -> N
     assert output is not None
     model = ivideogpt.from_pretrained(output / "model")
     assert model.config.action_dim == 4
+
+
+def test_debug_runs_as_it_stands_and_a_second_run_skips_its_stages(tmp_path: Path, capsys) -> None:
+    words = ["run", str(FOLDER / "debug.yaml"), f"output={tmp_path / 'debug'}"]
+    assert lightning_main(words) == 0
+    stages = list(recipes.load("debug")["stages"])
+    assert ivideogpt.from_pretrained(tmp_path / "debug" / "model").reward_head is not None
+    assert (tmp_path / "debug" / "evaluate" / "results.json").is_file()
+    assert lightning_main(words) == 0
+    second = capsys.readouterr().out
+    assert [stage for stage in stages if f"{stage}: finished before, skipped" in second] == stages
 
 
 @pytest.mark.parametrize("name", NAMES)
