@@ -41,9 +41,10 @@ def layer_of(file: Path) -> str:
 def imported(file: Path, top_only: bool = False) -> set[str]:
     """The absolute dotted names that a file imports, anywhere in it or only when it is itself imported."""
     package = ["ivideogpt", *file.relative_to(SOURCE).parts[:-1]]
-    names, waiting = set(), [ast.parse(file.read_text())]
+    names: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(file.read_text())]
     while waiting:
-        node: ast.AST = waiting.pop()
+        node = waiting.pop()
         if top_only and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
         if top_only and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):

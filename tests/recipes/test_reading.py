@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ivideogpt.recipes.reading import dump_yaml, merge, parse_yaml, read_file, resolve
 
-STAGE = {
+STAGE: dict[str, Any] = {
     "module": {"class_path": "a.B", "init_args": {"learning_rate": 0.1, "tokenizer": {"preset": "nano"}}},
     "data": {"class_path": "a.Data", "init_args": {"batch_size": 4}},
     "trainer": {"max_steps": 5, "callbacks": [{"class_path": "a.C", "init_args": {"n": 1}}]},
 }
-RECIPE = {"name": "x", "stages": {"tokenizer": STAGE, "transformer": STAGE}}
+RECIPE: dict[str, Any] = {"name": "x", "stages": {"tokenizer": STAGE, "transformer": STAGE}}
 
 
 def test_overlays_are_merged_relative_to_the_recipe_and_the_recipe_wins(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ def fit(model, data, trainer, folder: Path, updates: int, resume: bool = False) 
     torch.manual_seed(1 + resume)  # the state of the generators at the start must not matter
     module = TransformerModule(model.transformer, model.tokenizer, model.reward_head, learning_rate=1e-2,
                                warmup_updates=2)  # fmt: skip
-    module.transformer.layers[0].self_attn.dropout = 0.3
+    attention: Any = module.transformer.layers[0].self_attn
+    attention.dropout = 0.3
     callbacks = [SeededUpdates(7), Checkpoints(every_n_updates=2, folder=str(folder))]
     found = latest_checkpoint(folder) if resume else None
     assert (found is not None) is resume
@@ -104,7 +106,7 @@ def test_metrics_csv_goes_on_where_the_resumed_run_does(tmp_path: Path) -> None:
     log = MetricsCSV(tmp_path)
     log.log_metrics({"train/loss": 3.0}, 0)
     log.log_metrics({"train/loss": 2.0}, 5)
-    log.log_metrics({"val/loss": torch.tensor(2.5)}, 5)
+    log.log_metrics({"val/loss": float(torch.tensor(2.5))}, 5)
     log.log_metrics({"train/loss": 1.0}, 10)
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write("11")  # a kill in the middle of a row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import timm
@@ -15,10 +16,11 @@ from ivideogpt.training.perceptual import LPIPS
 def backbone() -> torch.nn.Sequential:
     torch.manual_seed(0)
     with torch.device("meta"):  # the classifier's 124M parameters are not needed
-        features = timm.create_model("vgg16", pretrained=False).features
+        features: Any = timm.create_model("vgg16", pretrained=False).features
     features = features.to_empty(device="cpu")
     for module in features:
         if isinstance(module, torch.nn.Conv2d):
+            assert module.bias is not None
             torch.nn.init.kaiming_normal_(module.weight)
             torch.nn.init.normal_(module.bias, std=0.1)
     return features.eval()
@@ -44,13 +46,11 @@ def test_gradient_is_finite_where_all_activations_are_zero(backbone: torch.nn.Se
     silent = torch.nn.Sequential(*backbone)
     distance = LPIPS(silent)
     frames = torch.zeros(1, 3, 32, 32, requires_grad=True)
-    for module in silent:
-        if isinstance(module, torch.nn.Conv2d):
-            break
-    bias = module.bias.detach().clone()
-    module.bias.data.fill_(-100.0)  # the first activation is zero everywhere
+    first: Any = next(module for module in silent if isinstance(module, torch.nn.Conv2d))
+    bias = first.bias.detach().clone()
+    first.bias.data.fill_(-100.0)  # the first activation is zero everywhere
     distance(frames, torch.zeros(1, 3, 32, 32)).sum().backward()
-    module.bias.data.copy_(bias)
+    first.bias.data.copy_(bias)
     assert frames.grad is not None
     assert torch.isfinite(frames.grad).all()
 

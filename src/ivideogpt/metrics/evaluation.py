@@ -15,7 +15,7 @@ import re
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,10 +37,14 @@ class RollsOut(Protocol):
     """What is needed of a world model (``ivideogpt.WorldModel`` is one)."""
 
     reward_head: Any
-    config: Any
 
-    def rollout(self, context_frames: Tensor, actions: Tensor | None = None, **settings: Any) -> Any:
-        """Predicts what follows the context: an object with ``video`` and ``rewards``."""
+    @property
+    def config(self) -> Any:
+        """Its configuration."""
+
+    @property
+    def rollout(self) -> Callable[..., Any]:
+        """Predicts what follows the context: gives an object with ``video`` and ``rewards``."""
 
 
 @dataclass

@@ -37,7 +37,7 @@ def check_stage(
         node, place = stage[key], f"{where}.{key}"
         if "class_path" not in node or node.keys() - {"class_path", "init_args"}:
             raise ValueError(f"{place} must be class_path and init_args, got {sorted(node)}")
-        cls = import_class(node["class_path"], place, trust)
+        cls: Any = import_class(node["class_path"], place, trust)
         if not issubclass(cls, base):
             raise ValueError(f"{place}: {node['class_path']} is no {base.__name__}")
         values = node.get("init_args") or {}

@@ -95,11 +95,11 @@ def _module_hint(name: str) -> str:
 
 
 @functools.cache
-def arguments(cls: type) -> tuple[dict[str, Any], bool]:
+def arguments(cls: Any) -> tuple[dict[str, Any], bool]:
     """Constructor arguments of ``cls`` with their types, and whether it takes any other name (``**kwargs``)."""
     parameters = list(inspect.signature(cls).parameters.values())
     try:
-        hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+        hints = typing.get_type_hints(cls.__init__)
     except Exception:  # a name that is imported for type checkers only
         hints = {}
     named = {

@@ -79,9 +79,8 @@ class EvaluationModule(LightningModule):
             raise ValueError("there is no held-out clip: give the data a `val` set or `holdout_every`")
         folder = Path(self.output_folder or self.trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.results = evaluate_rollouts(
-            self.world_model, self._clips(), seed=self.seed, name=self.name, **self.settings
-        )
+        model: Any = self.world_model
+        self.results = evaluate_rollouts(model, self._clips(), seed=self.seed, name=self.name, **self.settings)
         write_results(self.results, folder / RESULTS)
         self._draw(folder)
         Console().print(format_table(self.results))

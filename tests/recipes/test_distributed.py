@@ -1,0 +1,38 @@
+"""Test of a recipe in two processes: each stage is trained by both, written by one and evaluated by one."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ivideogpt
+from ivideogpt.recipes.results import read_record
+
+
+@pytest.mark.slow
+def test_two_processes_run_a_recipe_and_skip_it_the_second_time(recipe, tmp_path: Path) -> None:
+    path = recipe(stages=("tokenizer", "transformer", "evaluate"))
+    words = [
+        f"{stage}.trainer.{word}" for stage in ("tokenizer", "transformer") for word in ("devices=2", "strategy=ddp")
+    ]
+    command = [sys.executable, "-m", "ivideogpt.cli", "run", str(path), *words, "evaluate.trainer.devices=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ivideogpt.__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("transformer: finished in") == 1
+    for stage in ("tokenizer", "transformer", "evaluate"):
+        record = read_record(tmp_path / "out" / stage)
+        assert record is not None
+        assert record["state"] == "finished"
+    with open(tmp_path / "out" / "transformer" / "metrics.csv", newline="") as file:
+        steps = [row["step"] for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps == ["1", "3", "5"]
+    assert ivideogpt.from_pretrained(tmp_path / "out" / "model").config.action_dim == 3
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("finished before, skipped") == 3
