@@ -52,11 +52,11 @@ def check_stage(
         checked[key] = {"class_path": node["class_path"], "init_args": {**defaults(cls), **own_seed, **values}}
     if "default_root_dir" in stage["trainer"]:
         raise ValueError(f"{where}.trainer.default_root_dir is the stage's folder; set the recipe's `output`")
+    check_arguments(Trainer, stage["trainer"], f"{where}.trainer", trust)
     if trains(import_class(stage["module"]["class_path"], where, trust)) and not (
         {"max_steps", "max_epochs", "max_time"} & stage["trainer"].keys()
     ):
         raise ValueError(f"{where}.trainer does not say how long to train: give max_steps")
-    check_arguments(Trainer, stage["trainer"], f"{where}.trainer", trust)
     parse_arguments(Trainer, stage["trainer"], f"{where}.trainer")
     checked["trainer"] = stage["trainer"]
     return checked
