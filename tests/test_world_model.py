@@ -157,7 +157,7 @@ ACTIONS = torch.zeros(2, 4, 2)
         (CONTEXT * float("nan"), r"got values from nan to nan"),
         (CONTEXT[:, :1], r"takes 2 context frames, got 1"),
         (CONTEXT.repeat(1, 2, 1, 1, 1), r"takes 2 context frames, got 4"),
-        (CONTEXT[:0], r"hold no clip"),
+        (CONTEXT[:0], r"holds no clip"),
         (CONTEXT.numpy(), r"must be a tensor"),
         (None, r"must be a tensor"),
     ],

@@ -97,15 +97,31 @@ def _render(title: str, licence: str | None, results: dict[str, Any], **values: 
     template = next((path for path in _TEMPLATES if path.is_file()), None)
     if template is None:
         raise FileNotFoundError(f"no model card template at {' or '.join(map(str, _TEMPLATES))}")
-    tasks: dict[str, dict[str, Any]] = results.get("tasks", {})
+    tasks = {task: _row(metrics) for task, metrics in results.get("tasks", {}).items()}
+    if "overall" in results:
+        tasks["overall"] = _row(results["overall"])
     return environment.from_string(template.read_text(encoding="utf-8")).render(
         metadata=_metadata(title, licence, tasks),
         title=title,
         tasks=tasks,
         columns=list(dict.fromkeys(name for metrics in tasks.values() for name in metrics)),
-        conditions={name: value for name, value in results.items() if name != "tasks"},
+        conditions={name: value for name, value in results.items() if name not in ("tasks", "overall")},
         **values,
     )
+
+
+def _row(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of one task, side by side; what is nested is an evaluation's, see ``ivideogpt.metrics.evaluation``."""
+    row = {name: value for name, value in metrics.items() if _is(value)}
+    for name, value in metrics.get("model", {}).items():
+        row[name] = value
+        if name in metrics.get("repeat_last_frame", {}):
+            row[f"{name}, last frame repeated"] = metrics["repeat_last_frame"][name]
+    if "mse_ratio" in (metrics.get("shuffled_actions") or {}):
+        row["mse ratio, actions shuffled"] = metrics["shuffled_actions"]["mse_ratio"]
+    if "pearson_r" in (metrics.get("reward") or {}):
+        row["reward r"] = metrics["reward"]["pearson_r"]
+    return row
 
 
 def _metadata(title: str, licence: str | None, tasks: dict[str, dict[str, Any]]) -> str:
