@@ -111,7 +111,7 @@ def _render(title: str, licence: str | None, results: dict[str, Any], **values: 
 
 
 def _row(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of one task, side by side; what is nested is an evaluation's, see ``ivideogpt.metrics.evaluation``."""
+    """The numbers of one task, side by side; nested ones are those of ``ivideogpt.metrics.evaluation``."""
     row = {name: value for name, value in metrics.items() if _is(value)}
     for name, value in metrics.get("model", {}).items():
         row[name] = value
