@@ -1,5 +1,5 @@
 # Two commands, each with its own set-up: a machine with Python and make needs nothing else.
-#   make demo   fine-tune, roll out and report on the embedded recordings (about 5 minutes on 2 cores)
+#   make demo   fine-tune, roll out and report on the embedded recordings (about 2 minutes on 2 cores, after installing)
 #   make test   lint, types and tests
 PYTHON ?= python3
 VENV ?= .venv
