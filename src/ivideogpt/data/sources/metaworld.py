@@ -58,7 +58,7 @@ def collect(
         episodes: Episodes for each task.
         noise: Noise scale or scales; episode i of a task uses the scale number i modulo their count.
         out: Folder of the shard set.
-        fidelity: `fast` (no multisampling, shadows or reflections: ten times faster) or `paper` (default renderer).
+        fidelity: `fast` (no multisampling, shadows or reflections: much faster) or `paper` (default renderer).
         seed: Seeds goals and noise; sets collected with different seeds share no episode.
         workers: Processes; 0 collects in this one. The result does not depend on it.
         max_steps: Agent steps after which an episode is cut off.
@@ -240,7 +240,7 @@ def _job(job: tuple[str, int, float, dict[str, Any]]) -> tuple[str, bytes, dict[
 
 
 def _one_render_thread() -> None:
-    """Keeps Mesa's software renderer to one thread a process: with a process a core, 1.7 times as many episodes."""
+    """Keeps Mesa's software renderer to one thread a process, for there is a process a core already."""
     os.environ.setdefault("LP_NUM_THREADS", "1")
 
 
