@@ -18,9 +18,10 @@ from ivideogpt.layout import TokenLayout
 from ivideogpt.models.reward_head import RewardHead
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer, next_token_loss
-from ivideogpt.rollout import Rollout, Session
+from ivideogpt.rollout import Rollout, Session, Speculation
 from ivideogpt.rollout import rollout as roll_out
 from ivideogpt.rollout.inputs import check_actions
+from ivideogpt.rollout.sampling import Generators
 from ivideogpt.zoo.checkpoint import Parts, load_parts, save_parts
 from ivideogpt.zoo.published import Published
 from ivideogpt.zoo.side_file import check_extras
@@ -192,22 +193,32 @@ class WorldModel(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = 100,
         num_samples: int = 1,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         force_slots: bool = True,
+        return_frames: str | None = "all",
+        precision: str | None = None,
+        dynamics_ids_only: bool = False,
+        speculation: Speculation | None = None,
     ) -> Rollout:
         """Predicts the frames, and rewards, that follow ``context_frames``.
 
         Args:
             context_frames: (B, t0, C, H, W) float in [0, 1]; exactly the model's context length, no more.
             actions: (B, T, A) raw, ``actions[:, t]`` taken at frame t, from the first context frame on. Frame t0 + i
-                needs ``actions[:, t0 - 1 + i]``.
+                needs ``actions[:, t0 - 1 + i]``. Or (B * num_samples, T, A), each sample's own: a planner's candidates.
             horizon: number of frames to predict. None makes the video as long as ``actions``, or as long as the
                 positions allow without actions.
             temperature: 0 is argmax.
             top_k: likeliest tokens that are sampled from; None for all.
             num_samples: futures a clip; row ``b * num_samples + s`` of the result is sample s of clip b.
-            generator: on the model's device; the same state gives the same video.
+            generator: on the model's device; the same state gives the same video. A list has one for each row.
             force_slots: put a slot token in front of each frame; False samples every position freely.
+            return_frames: ``"all"``, ``"last"`` for the context and the last predicted frame, or None for no video.
+            precision: of the transformer's weights in the rollout: ``"float32"``, ``"bfloat16"``, ``"float16"``,
+                ``"int8"``, or ``"auto"``: the fastest on this machine that draws what float32 draws. None leaves them
+                as they are.
+            dynamics_ids_only: sample among the ids of future frames only, which is a little faster.
+            speculation: draw several tokens at a time, guessed from the frame before.
 
         Raises:
             ValueError: if an argument does not fit the model.
@@ -228,6 +239,10 @@ class WorldModel(nn.Module):
             num_samples=num_samples,
             generator=generator,
             force_slots=force_slots,
+            return_frames=return_frames,
+            precision=precision,
+            dynamics_ids_only=dynamics_ids_only,
+            speculation=speculation,
         )
 
     def session(
@@ -235,11 +250,16 @@ class WorldModel(nn.Module):
         context_frames: Tensor,
         temperature: float = 1.0,
         top_k: int | None = 100,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
+        precision: str | None = None,
+        dynamics_ids_only: bool = False,
+        speculation: Speculation | None = None,
+        anchor_every: int | None = None,
     ) -> Session:
         """Starts an interactive rollout after ``context_frames`` (B, t0, C, H, W), float in [0, 1].
 
-        ``session.step(action)`` takes raw actions (B, A); the other arguments are those of :meth:`rollout`.
+        ``session.step(action)`` takes raw actions (B, A). Where the positions end, and every ``anchor_every`` steps if
+        that is given, the latest frames become the new context. The other arguments are those of :meth:`rollout`.
 
         Raises:
             ValueError: if an argument does not fit the model.
@@ -253,6 +273,10 @@ class WorldModel(nn.Module):
             top_k=top_k,
             generator=generator,
             normalize_actions=self.normalize_actions,
+            precision=precision,
+            dynamics_ids_only=dynamics_ids_only,
+            speculation=speculation,
+            anchor_every=anchor_every,
         )
 
     @classmethod

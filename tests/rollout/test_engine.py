@@ -145,13 +145,112 @@ def test_samples_of_a_clip_stand_side_by_side(tiny_world_model: Build) -> None:
     assert torch.equal(sampled[:, :span], single.tokens[:, :span].repeat_interleave(3, dim=0))
 
 
-def test_decoding_in_small_batches_changes_nothing(tiny_world_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 4, 7])
+def test_little_memory_changes_nothing(tiny_world_model: Build, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    model = tiny_world_model(ACTION_DIM, reward=True)
+    settings: dict[str, Any] = {"horizon": 4, "num_samples": 4}
+    whole = model.rollout(clip(3), some_actions(3), generator=seeded(), **settings)
+    ran = []
+
+    def watched(decoder: Any, layout: Any, prefix: Any, samples: int, *rest: Any) -> Any:
+        ran.append(len(rest[1][0]))
+        return imagine(decoder, layout, prefix, samples, *rest)
+
+    imagine = engine_module._imagine
+    monkeypatch.setattr(engine_module, "_imagine", watched)
+    monkeypatch.setattr(engine_module, "free_memory", lambda _: int(rows / engine_module.SHARE))
+    monkeypatch.setattr(engine_module, "row_bytes", lambda *_: 1)
+    assert_same(whole, model.rollout(clip(3), some_actions(3), generator=seeded(), **settings))
+    assert sum(ran) == 12
+    assert max(ran) <= max(rows, 4 if rows >= 4 else rows)
+
+
+def test_out_of_memory_splits_the_batch_and_says_so(tiny_world_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_world_model(ACTION_DIM, reward=True)
+    settings: dict[str, Any] = {"horizon": 3, "num_samples": 4}
+    whole = model.rollout(clip(3), some_actions(3), generator=seeded(), **settings)
+
+    def narrow(decoder: Any, layout: Any, prefix: Any, samples: int, *rest: Any) -> Any:
+        if len(rest[1][0]) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return imagine(decoder, layout, prefix, samples, *rest)
+
+    imagine = engine_module._imagine
+    monkeypatch.setattr(engine_module, "_imagine", narrow)
+    with pytest.warns(UserWarning, match="out of memory with 12 rows at once") as warned:
+        assert_same(whole, model.rollout(clip(3), some_actions(3), generator=seeded(), **settings))
+    assert len(warned) == 1
+
+    def never(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(engine_module, "_imagine", never)
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="out of memory"):
+        model.rollout(clip(3), some_actions(3), **settings)
+
+
+def test_each_sample_takes_its_own_actions(tiny_world_model: Build) -> None:
+    model = tiny_world_model(ACTION_DIM, reward=True)
+    actions = some_actions(6)
+    together = model.rollout(clip(2), actions, horizon=3, num_samples=3, temperature=0)
+    for row in range(6):
+        alone = model.rollout(clip(2)[row // 3][None], actions[row][None], horizon=3, temperature=0)
+        assert torch.equal(together.tokens[row], alone.tokens[0])
+        torch.testing.assert_close(together.rewards[row], alone.rewards[0], atol=1e-4, rtol=1e-4)
+
+
+def test_only_the_frames_that_are_asked_for(tiny_world_model: Build) -> None:
+    model = tiny_world_model(ACTION_DIM, reward=True)
+    settings: dict[str, Any] = {"horizon": 4, "num_samples": 3}
+    every, last, none = (
+        model.rollout(clip(), some_actions(), generator=seeded(), return_frames=frames, **settings)
+        for frames in ("all", "last", None)
+    )
+    assert none.frames is None
+    with pytest.raises(ValueError, match="return_frames=None"):
+        _ = none.video
+    assert last.video.shape == (6, 3, 3, 32, 32)
+    torch.testing.assert_close(last.video, every.video[:, [0, 1, -1]], atol=1e-5, rtol=0)
+    assert torch.equal(every.tokens, none.tokens)
+    assert torch.equal(every.tokens, last.tokens)
+    assert torch.equal(every.rewards, none.rewards)
+    with pytest.raises(ValueError, match="'all', 'last' or None, got 'first'"):
+        model.rollout(clip(), some_actions(), return_frames="first")
+
+
+def test_a_row_with_its_own_seed_does_not_depend_on_the_others(tiny_world_model: Build) -> None:
+    model = tiny_world_model(ACTION_DIM)
+    together = model.rollout(
+        clip(), some_actions(), horizon=3, num_samples=2, generator=[seeded(seed) for seed in range(4)]
+    )
+    for row in range(4):
+        alone = model.rollout(
+            clip()[row // 2][None], some_actions()[row // 2][None], horizon=3, generator=seeded(row)
+        )  # fmt: skip
+        assert torch.equal(together.tokens[row], alone.tokens[0])
+    with pytest.raises(ValueError, match="one for each of the 4 rows, got 2"):
+        model.rollout(clip(), some_actions(), num_samples=2, generator=[seeded(), seeded()])
+
+
+def test_changed_weights_are_noticed(tiny_world_model: Build) -> None:
+    model, other = tiny_world_model(ACTION_DIM, reward=True), tiny_world_model(ACTION_DIM, reward=True, seed=1)
+    settings: dict[str, Any] = {"horizon": 3, "temperature": 0}
+    before = model.rollout(clip(), some_actions(), **settings)
+    model.load_state_dict(other.state_dict())
+    assert_same(other.rollout(clip(), some_actions(), **settings), model.rollout(clip(), some_actions(), **settings))
+    assert not torch.equal(before.tokens, model.rollout(clip(), some_actions(), **settings).tokens)
+
+
+def test_a_model_that_rolled_out_is_freed(tiny_world_model: Build) -> None:
+    import gc
+    import weakref
+
     model = tiny_world_model()
-    settings: dict[str, Any] = {"horizon": 5, "num_samples": 2}
-    whole = model.rollout(clip(3), generator=seeded(), **settings)
-    for frames in (1, 3, 15):
-        monkeypatch.setattr(engine_module, "DECODE_PIXELS", frames * 32 * 32)
-        assert_same(whole, model.rollout(clip(3), generator=seeded(), **settings))
+    model.rollout(clip(), horizon=2)
+    gone = [weakref.ref(part) for part in (model.transformer, model.tokenizer)]
+    del model
+    gc.collect()
+    assert [part() for part in gone] == [None, None]
 
 
 def test_default_horizon(tiny_world_model: Build) -> None:

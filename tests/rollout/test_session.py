@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ivideogpt.rollout import Session
+from ivideogpt.rollout.pixels import PixelDecoder
 
 Build = Callable[..., Any]
 ACTION_DIM = 3
@@ -148,13 +149,141 @@ def test_stepping_to_the_last_position(tiny_world_model: Build) -> None:
     for _ in range(session.horizon_left):
         session.step(action)
     assert session.frames.shape[1] == 27
-    before = session.frames
-    with pytest.raises(ValueError, match="256 positions hold 25 future frames and all were used"):
-        session.step(action)
-    assert torch.equal(session.frames, before)
+    assert session.horizon_left == 0
     session.rewind(2)
     assert session.horizon_left == 2
     session.step(action)
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_past_the_positions_the_latest_frames_are_the_context(
+    tiny_world_model: Build, sampling: dict[str, Any]
+) -> None:
+    model, actions = tiny_world_model(ACTION_DIM, reward=True), some_actions(14)
+    session = walk(start(model, anchor_every=4, **sampling), actions[:, :4])
+    context = session.frames[:, -2:]
+    state = session._generator.get_state()  # type: ignore[union-attr]
+    walk(session, actions[:, 4:7])
+    fresh = model.session(context, generator=torch.Generator().set_state(state), **sampling)
+    walk(fresh, actions[:, 4:7])
+    assert torch.equal(fresh.tokens, session.tokens)
+    torch.testing.assert_close(fresh.frames[:, 2:], session.frames[:, -3:], atol=1e-5, rtol=0)
+    assert session.steps == 7
+    walk(session, actions[:, 7:])
+    assert session.frames.shape[1] == 2 + 4 + 2  # the segment that runs, and the one before it
+    assert session.rewards is not None
+    assert session.rewards.shape == (2, 6)
+    assert (session.steps, session.horizon_left) == (14, 2)
+
+
+def test_anchoring_by_itself_at_the_last_position(tiny_world_model: Build) -> None:
+    model = tiny_world_model(ACTION_DIM, reward=True)
+    session, actions = start(model), some_actions(27)
+    walk(session, actions)
+    assert session.horizon_left == 23
+    assert session.frames.shape[1] == 2 + 27
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 6])
+def test_rewind_over_an_anchor(tiny_world_model: Build, steps: int) -> None:
+    model, actions, others = tiny_world_model(ACTION_DIM, reward=True), some_actions(10), some_actions(3, seed=1)
+    session = walk(start(model, anchor_every=4), actions)  # anchored at 4 and 8, so the steps from 5 on are kept
+    fork = session.fork()
+    session.rewind(steps)
+    walk(session, others)
+    expected = walk(start(model, anchor_every=4), torch.cat([actions[:, : 10 - steps], others], dim=1))
+    assert torch.equal(session.frames[:, -3:], expected.frames[:, -3:])
+    assert session.steps == expected.steps
+    walk(fork, others)  # must not notice
+    expected = walk(start(model, anchor_every=4), torch.cat([actions, others], dim=1))
+    assert torch.equal(fork.frames, expected.frames)
+    with pytest.raises(ValueError, match="cannot rewind 9 steps: 13 were taken and 5 are kept"):
+        fork.rewind(9)
+
+
+def test_a_long_drive_stays_small(tiny_world_model: Build) -> None:
+    model = tiny_world_model(ACTION_DIM)
+    session, action = start(model), torch.zeros(2, ACTION_DIM)
+    for _ in range(120):
+        frame, _ = session.step(action)
+        assert frame is not None
+        assert frame.isfinite().all()
+        assert len(session._segments) <= 2
+    assert session.frames.shape[1] <= 2 + 2 * 25
+
+
+@pytest.mark.slow
+def test_nano_drives_for_two_thousand_frames() -> None:
+    import tracemalloc
+
+    import ivideogpt
+
+    model = ivideogpt.from_pretrained("ivideogpt-metaworld-nano")
+    actions = torch.randn(2000, 1, 4, generator=seeded()).clamp(-1, 1)
+    session = model.session(torch.rand(1, 2, 3, 64, 64, generator=seeded()), generator=seeded())
+    tracemalloc.start()
+    sizes = []
+    for index, action in enumerate(actions):
+        frame, reward = session.step(action)
+        assert frame is not None
+        assert frame.isfinite().all()
+        assert reward is not None and reward.isfinite().all()
+        if index % 500 == 499:
+            sizes.append(tracemalloc.get_traced_memory()[0])
+    assert session.steps == 2000
+    assert session.frames.shape[1] <= 2 + 2 * 30
+    assert sizes[-1] < sizes[1] + 2**20
+
+
+def test_advance_decodes_only_what_is_asked_for(tiny_world_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, actions = tiny_world_model(ACTION_DIM, reward=True), some_actions()
+    plain = walk(start(model, anchor_every=4), actions)
+    session = start(model, anchor_every=4)
+    pixels, decoded = session._segments[0].pixels, []
+
+    def watched(indices: Tensor, context: Any) -> Tensor:
+        decoded.append(indices.shape[1])
+        return PixelDecoder.decode(pixels, indices, context)
+
+    monkeypatch.setattr(pixels, "decode", watched)
+    rewards = [session.advance(action) for action in actions.unbind(1)]
+    assert decoded == [1, 1]  # the two frames that became the context
+    assert torch.equal(torch.stack(rewards, dim=1), plain.rewards)  # type: ignore[arg-type]
+    assert torch.equal(session.frames, plain.frames)
+    assert len(decoded) == 6
+    assert torch.equal(session.frames, plain.frames)
+    assert len(decoded) == 6
+
+
+def test_rows_with_their_own_seeds(tiny_world_model: Build) -> None:
+    model, actions = tiny_world_model(ACTION_DIM, reward=True), some_actions()
+    together = walk(model.session(clip(), generator=[seeded(1), seeded(2)]), actions)
+    for row in range(2):
+        alone = walk(model.session(clip()[row][None], generator=seeded(1 + row)), actions[row][None])
+        assert torch.equal(together.tokens[row], alone.tokens[0])
+    fork = together.fork()
+    together.rewind(2)
+    walk(together, actions[:, 4:])
+    assert torch.equal(fork.tokens, together.tokens)
+
+
+def test_two_sessions_in_two_threads(tiny_world_model: Build) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    model, actions = tiny_world_model(ACTION_DIM, reward=True), some_actions(20)
+    with ThreadPoolExecutor(2) as pool:
+        sessions = [model.session(clip(seed=seed), generator=seeded(seed), anchor_every=7) for seed in range(2)]
+        list(pool.map(lambda session: walk(session, actions), sessions))
+    for seed, session in enumerate(sessions):
+        alone = walk(model.session(clip(seed=seed), generator=seeded(seed), anchor_every=7), actions)
+        assert torch.equal(alone.frames, session.frames)
+        assert torch.equal(alone.rewards, session.rewards)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [0, 26, 2.0, True])
+def test_bad_anchor(tiny_world_model: Build, steps: Any) -> None:
+    with pytest.raises(ValueError, match=rf"anchor_every must be 1..25 steps.*got {steps}"):
+        start(tiny_world_model(), anchor_every=steps)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +312,7 @@ def test_an_interrupted_step_was_not_taken(tiny_world_model: Build, monkeypatch:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.tokenizer, "decode_future", interrupt)  # all tokens are sampled by then
+        patch.setattr(type(session), "_frame", interrupt)  # all tokens are sampled by then
         with pytest.raises(KeyboardInterrupt):
             session.step(actions[:, 2])
     assert_same(walk(session, actions[:, 2:4]), walk(start(model), actions[:, :4]))
@@ -192,7 +321,7 @@ def test_an_interrupted_step_was_not_taken(tiny_world_model: Build, monkeypatch:
 @pytest.mark.parametrize("steps", [3, -1, 1.0, True])
 def test_bad_rewind(tiny_world_model: Build, steps: Any) -> None:
     session = walk(start(tiny_world_model(ACTION_DIM, reward=True)), some_actions(2))
-    with pytest.raises(ValueError, match=f"cannot rewind {steps} steps: 2 were taken"):
+    with pytest.raises(ValueError, match=f"cannot rewind {steps} steps: 2 were taken and 2 are kept"):
         session.rewind(steps)
     assert session.frames.shape[1] == 4
 

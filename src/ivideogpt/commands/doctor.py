@@ -61,6 +61,7 @@ def examine(offline: bool = False) -> Iterator[Finding]:
     yield from _packages()
     yield _torchvision()
     yield _gpu()
+    yield _kernel()
     yield from _rendering()
     yield _lightning_script()
     yield _hub(offline)
@@ -132,6 +133,19 @@ def _gpu() -> Finding:
     names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     text = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in names)
     return Finding("GPU", "ok", f"{text}, CUDA {torch.version.cuda}")
+
+
+def _kernel() -> Finding:
+    """Builds the CPU kernel of rollouts, if that was not done yet."""
+    subject = "CPU kernel"
+    try:
+        from ivideogpt.rollout.cpu import why_unavailable
+    except ImportError as error:
+        return Finding(subject, "broken", f"ivideogpt.rollout cannot be imported: {error}")
+    reason = why_unavailable()
+    if reason is None:
+        return Finding(subject, "ok", "compiled: rollouts on the CPU use it")
+    return Finding(subject, "note", f"none ({reason}): rollouts on the CPU are several times slower")
 
 
 # Rendered in a process of its own: a GL library that does not work may end the process instead of raising.

@@ -183,12 +183,18 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_channels[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(block_channels[0], out_channels, 3, padding=1)
 
+    @property
+    def stages(self) -> tuple[nn.Module, ...]:
+        """The modules that run one after another; what each gives is one level of the features."""
+        return (self.conv_in, self.mid_block, *self.up_blocks)
+
+    def to_frames(self, x: Tensor) -> Tensor:
+        """Frames (B, out_channels, fh, fw) of the last stage's features."""
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
     def forward(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x = self.conv_in(latents)
-        features = [x]
-        x = self.mid_block(x)
-        features.append(x)
-        for block in self.up_blocks:
-            x = block(x)
+        x, features = latents, []
+        for stage in self.stages:
+            x = stage(x)
             features.append(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x))), features
+        return self.to_frames(x), features

@@ -7,12 +7,17 @@ many frames (or sampled futures) look at it.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ivideogpt.config import CROSS_ATTENTION_HEADS, CROSS_ATTENTION_NORM_GROUPS
 from ivideogpt.models.autoencoder import Decoder, Encoder
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values (B, heads, t0 hw, C / heads) of the context frames at one level."""
 
 
 class MultiheadCrossAttention(nn.Module):
@@ -30,10 +35,20 @@ class MultiheadCrossAttention(nn.Module):
 
     def forward(self, query: Tensor, context: Tensor) -> Tensor:
         """``query`` (B, Lq, C) looks at ``context`` (B, Lk, C)."""
+        return self.attend(query, *self.keys_values(context))
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Keys and values of ``context`` (B, Lk, C)."""
+        channels = context.shape[-1]
+        kv = F.linear(context, self.in_proj_weight[channels:], self.in_proj_bias[channels:])
+        k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in kv.chunk(2, dim=-1))
+        return k, v
+
+    def attend(self, query: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``query`` (B, Lq, C) looks at the context that ``k`` and ``v`` are of."""
         channels = query.shape[-1]
         q = F.linear(query, self.in_proj_weight[:channels], self.in_proj_bias[:channels])
-        kv = F.linear(context, self.in_proj_weight[channels:], self.in_proj_bias[channels:])
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, *kv.chunk(2, dim=-1)))
+        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
@@ -60,11 +75,18 @@ class CrossAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """``x`` (B*n, C, h, w) looks at ``context`` (B*t0, C, h, w)."""
+        return self.attend(x, *self.keys_values(context))
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Keys and values of ``context`` (B*t0, C, h, w): what of it every frame that looks at it needs."""
         rows = context.shape[0] // self.context_length
         kv = context.unflatten(0, (rows, self.context_length)).transpose(1, 2).flatten(2)  # (B, C, t0 hw)
-        kv = self.kv_norm(kv).transpose(1, 2) + self.kv_pos_emb  # (B, t0 hw, C)
+        return self.att.keys_values(self.kv_norm(kv).transpose(1, 2) + self.kv_pos_emb)
+
+    def attend(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``x`` (B*n, C, h, w) looks at the context that ``k`` and ``v`` are of."""
         q = self.q_norm(x).flatten(2).transpose(1, 2) + self.q_pos_emb  # (B*n, hw, C)
-        out = self.att(q.reshape(rows, -1, q.shape[-1]), kv)  # (B, n hw, C)
+        out = self.att.attend(q.reshape(k.shape[0], -1, q.shape[-1]), k, v)  # (B, n hw, C)
         out = self.resid_dropout(out).reshape(q.shape).transpose(1, 2).reshape(x.shape)
         return F.silu(x + out)
 
@@ -123,11 +145,29 @@ class ConditionalDecoder(Decoder):
             + [CrossAttentionBlock(widths[level], width, context_length, dropout) for level, width in attention_levels]
         )
 
-    def forward(self, latents: Tensor, features: list[Tensor]) -> Tensor:  # type: ignore[override]
+    @property
+    def feature_levels(self) -> list[int]:
+        """Which of the context decoder's features each cross-attention looks at."""
+        return [1, *(level + 2 for level in self.attention_index)]
+
+    def keys_values(self, features: list[Tensor]) -> list[KeysValues]:
+        """Keys and values of each cross-attention, from the features at :attr:`feature_levels`."""
+        return [self._cross_attention(index).keys_values(x) for index, x in enumerate(features)]
+
+    def _cross_attention(self, index: int) -> CrossAttentionBlock:
+        return cast("CrossAttentionBlock", self.cross_att_blocks[index])
+
+    def last_features(self, latents: Tensor, keys_values: list[KeysValues]) -> Tensor:
+        """What :meth:`to_frames` makes frames of, from ``latents`` (B*n, c, g, g)."""
         x = self.mid_block(self.conv_in(latents))
-        x = self.cross_att_blocks[0](x, features[1])
+        x = self._cross_attention(0).attend(x, *keys_values[0])
         for level, block in enumerate(self.up_blocks):
             x = block(x)
             if level in self.attention_index:
-                x = self.cross_att_blocks[self.attention_index[level]](x, features[level + 2])
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+                index = self.attention_index[level]
+                x = self._cross_attention(index).attend(x, *keys_values[index])
+        return x
+
+    def forward(self, latents: Tensor, features: list[Tensor]) -> Tensor:  # type: ignore[override]
+        keys_values = self.keys_values([features[level] for level in self.feature_levels])
+        return self.to_frames(self.last_features(latents, keys_values))

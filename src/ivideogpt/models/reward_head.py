@@ -36,5 +36,5 @@ class RewardHead(nn.Module):
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Reward (B, F) in the simulator's units, float32."""
-        raw = self.forward(hidden).float()
+        raw = self.forward(hidden.to(self.linear.weight.dtype)).float()
         return symexp(raw) if self.config.transform == "symlog" else raw

@@ -207,15 +207,23 @@ class CompressiveTokenizer(nn.Module):
         return self.quant_linear(patches).unflatten(0, rows)
 
     def _decode_context_entries(self, entries: Tensor) -> tuple[Tensor, Features]:
-        rows, g = entries.shape[:2], self.config.grid_size
-        grid = entries.flatten(0, 1).transpose(1, 2).unflatten(2, (g, g))  # (B*t0, D, g, g)
+        grid = entries_to_grid(entries.flatten(0, 1), self.config.grid_size)
         frames, features = self.decoder(self.post_quant_conv(grid))
-        return frames.unflatten(0, rows), features
+        return frames.unflatten(0, entries.shape[:2]), features
 
     def _decode_dynamics_entries(self, entries: Tensor, features: Features) -> Tensor:
-        rows, p = entries.shape[:2], self.config.patch_size
-        side = self.config.grid_size // p
         patches = self.post_quant_linear(entries.flatten(0, 1))  # (B*F, n, p p c)
-        patches = patches.unflatten(2, (p, p, -1)).unflatten(1, (side, side))  # (B*F, g/p, g/p, p, p, c)
-        latents = patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (B*F, c, g, g)
-        return self.cond_decoder(latents, features).unflatten(0, rows)
+        latents = patches_to_grid(patches, self.config.patch_size, self.config.grid_size)
+        return self.cond_decoder(latents, features).unflatten(0, entries.shape[:2])
+
+
+def entries_to_grid(entries: Tensor, grid_size: int) -> Tensor:
+    """Grid (B, D, g, g) of a context frame's codebook ``entries`` (B, N, D)."""
+    return entries.transpose(1, 2).unflatten(2, (grid_size, grid_size))
+
+
+def patches_to_grid(patches: Tensor, patch_size: int, grid_size: int) -> Tensor:
+    """Latents (B, c, g, g) of ``patches`` (B, n, p p c)."""
+    p, side = patch_size, grid_size // patch_size
+    patches = patches.unflatten(2, (p, p, -1)).unflatten(1, (side, side))  # (B, g/p, g/p, p, p, c)
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

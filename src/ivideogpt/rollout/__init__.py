@@ -1,8 +1,9 @@
-"""Rollouts of a world model: key/value cache, sampling, the rollout itself, and interactive sessions."""
+"""Rollouts of a world model: decoders, sampling, the rollout itself, and interactive sessions."""
 
 from ivideogpt.rollout.cache import KVCache
 from ivideogpt.rollout.engine import Rollout, rollout
-from ivideogpt.rollout.sampling import sample_token
+from ivideogpt.rollout.sampling import Sampling, sample_token
 from ivideogpt.rollout.session import Session
+from ivideogpt.rollout.speculation import Speculation
 
-__all__ = ["KVCache", "Rollout", "Session", "rollout", "sample_token"]
+__all__ = ["KVCache", "Rollout", "Sampling", "Session", "Speculation", "rollout", "sample_token"]

@@ -26,7 +26,13 @@ def check_context_frames(context_frames: Tensor, tokenizer: CompressiveTokenizer
         )
 
 
-def check_actions(actions: Any, transformer: Transformer, shape: tuple[int | None, ...], device: Any) -> Tensor | None:
+def check_actions(
+    actions: Any,
+    transformer: Transformer,
+    shape: tuple[int | None, ...],
+    device: Any,
+    rows: tuple[int, ...] = (),
+) -> Tensor | None:
     """Actions as a float tensor on ``device``, or None for an action-free model.
 
     Args:
@@ -34,6 +40,7 @@ def check_actions(actions: Any, transformer: Transformer, shape: tuple[int | Non
         transformer: whose ``action_dim`` they must have.
         shape: the expected shape without the action size; None stands for any length.
         device: where they go.
+        rows: what their first size may be, where that is not fixed by ``shape``.
 
     Raises:
         ValueError: if they are missing, not wanted, of another shape, or not finite.
@@ -51,8 +58,11 @@ def check_actions(actions: Any, transformer: Transformer, shape: tuple[int | Non
     actions = torch.as_tensor(actions, dtype=torch.float32).to(device)
     expected = (*shape, action_dim)
     given = tuple(actions.shape)
-    if len(given) != len(expected) or any(e is not None and e != g for e, g in zip(expected, given, strict=True)):
+    misfit = len(given) != len(expected) or any(e is not None and e != g for e, g in zip(expected, given, strict=True))
+    if misfit or (rows and given[0] not in rows):
         wanted = ", ".join("T" if size is None else str(size) for size in expected)
+        if rows:  # (T, T, A) -> (2 or 6, T, A)
+            wanted = " or ".join(str(size) for size in dict.fromkeys(rows)) + wanted[1:]
         raise ValueError(f"actions must have shape ({wanted}) for this model and these context frames, got {given}")
     if not bool(torch.isfinite(actions).all()):
         bad = actions[~torch.isfinite(actions)].flatten()[0].item()
@@ -98,3 +108,32 @@ def check_num_samples(num_samples: int) -> None:
     """
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"num_samples must be an integer >= 1, got {num_samples!r}")
+
+
+def check_return_frames(return_frames: str | None) -> None:
+    """Refuses another word than the known ones.
+
+    Raises:
+        ValueError: if it is none of ``"all"``, ``"last"`` and None.
+    """
+    if return_frames not in ("all", "last", None):
+        raise ValueError(f"return_frames must be 'all', 'last' or None, got {return_frames!r}")
+
+
+def check_anchor_every(anchor_every: int | None, longest: int, transformer: Transformer) -> int:
+    """Steps that a session takes from one context.
+
+    Raises:
+        ValueError: if ``anchor_every`` is below 1 or above ``longest``, or the positions hold no future frame at all.
+    """
+    if longest < 1:
+        raise ValueError(
+            f"the context fills the model's {transformer.config.max_positions} positions: no future frame fits in"
+        )
+    if anchor_every is None:
+        return longest
+    if isinstance(anchor_every, bool) or not isinstance(anchor_every, int) or not 1 <= anchor_every <= longest:
+        raise ValueError(
+            f"anchor_every must be 1..{longest} steps (what the positions hold) or None, got {anchor_every!r}"
+        )
+    return anchor_every

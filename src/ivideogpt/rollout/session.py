@@ -1,14 +1,13 @@
-"""Session: a rollout that is driven one action at a time, and can be forked and rewound.
+"""Session: a rollout that is driven one action at a time, can be forked and rewound, and never ends.
 
-B clips, t0 context frames, n tokens of a future frame, A action size.
+B clips, t0 context frames, n tokens of a future frame, A action size, P positions of the context.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
@@ -17,31 +16,65 @@ from torch import Tensor
 from ivideogpt.models.reward_head import RewardHead
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer
-from ivideogpt.rollout.cache import KVCache
-from ivideogpt.rollout.engine import (
-    decode_context,
-    decode_future,
-    encode_context,
-    evaluation_mode,
-    prefill,
-    sample_frame,
+from ivideogpt.rollout.choice import decoder_for
+from ivideogpt.rollout.decoder import Branch, Decoder
+from ivideogpt.rollout.engine import imagining
+from ivideogpt.rollout.frame import Drawing, FrameState, feed_unfed, next_frame
+from ivideogpt.rollout.inputs import check_actions, check_anchor_every, check_context_frames
+from ivideogpt.rollout.pixels import ContextFeatures, PixelDecoder, encode_context, pixel_decoder_for
+from ivideogpt.rollout.precision import resolve_precision
+from ivideogpt.rollout.sampling import (
+    Generators,
+    Sampling,
+    copy_generator,
+    draw_uniforms,
+    generator_states,
+    set_generator_states,
 )
-from ivideogpt.rollout.inputs import check_actions, check_context_frames
-from ivideogpt.rollout.sampling import check_sampling, copy_generator, sample_token
+from ivideogpt.rollout.speculation import Speculation
+
+KEPT_SEGMENTS = 2
+"""Segments that a session remembers: the one that runs, and the one before, which can be rewound into."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Step:
-    """One step taken: tokens (B, n + 1), frame (B, C, H, W), reward (B,), the generator's state in front of it."""
+    """One step taken: tokens (B, n + 1), where it left the rows, reward (B,), the generators' states in front of it.
+
+    The frame (B, C, H, W) is None until somebody asks for it.
+    """
 
     tokens: Tensor
-    frame: Tensor
+    state: FrameState
     reward: Tensor | None
-    generator_state: Tensor
+    generator_states: list[Tensor]
+    frame: Tensor | None = None
+
+
+@dataclass
+class _Segment:
+    """What follows one context: the context itself, the decoders as they were then, the rows' branch, and the steps."""
+
+    decoder: Decoder
+    pixels: PixelDecoder
+    context_tokens: Tensor
+    features: ContextFeatures
+    branch: Branch
+    steps: list[_Step] = field(default_factory=list)
+
+    def state(self) -> FrameState:
+        """Where the rows stand."""
+        return self.steps[-1].state if self.steps else FrameState.start(self.branch.rows, self.context_tokens.device)
+
+    def fork(self) -> _Segment:
+        """An independent segment from here on; context and past steps are shared: nobody changes them."""
+        return _Segment(
+            self.decoder, self.pixels, self.context_tokens, self.features, self.branch.fork(), list(self.steps)
+        )
 
 
 class Session:
-    """An imagined episode with one key/value cache for its whole life.
+    """An imagined episode: one key/value cache from context to context, one decoded frame a step.
 
     Stepping n times gives what a rollout of n frames gives with the same seed. A fork continues with a copy of the
     generator's state, so that a session and its fork, fed the same actions, see the same future; rewinding puts the
@@ -49,7 +82,11 @@ class Session:
     been fed the same actions. For another future from the same point, rewind and take another action, or start a
     session with another seed.
 
-    An error leaves the session as it was.
+    Where the model's positions end, and every ``anchor_every`` steps if that is given, the latest frames become the
+    new context: the session is anchored anew, and goes on for as long as anybody drives it, in bounded memory. The
+    steps since the last context and those since the one before it are kept.
+
+    An error leaves the session as it was. Several sessions of one model may run in several threads.
 
     Args:
         tokenizer: with the context length that ``context_frames`` have.
@@ -59,8 +96,13 @@ class Session:
         temperature: 0 is argmax.
         top_k: likeliest tokens that are sampled from; None for all.
         generator: on the model's device. The session works on a copy of its state and does not advance it. If None,
-            one is seeded from torch's global generator.
+            one is seeded from torch's global generator. A list has one for each of the B rows, whose future then does
+            not depend on the other rows.
         normalize_actions: maps the actions (B, 1, A) of a step to what the transformer was trained on.
+        precision: as in :func:`ivideogpt.rollout.engine.rollout`.
+        dynamics_ids_only: likewise.
+        speculation: likewise.
+        anchor_every: steps after which the latest frames become the context; None is as late as possible.
 
     Raises:
         ValueError: if an argument does not fit the model.
@@ -74,31 +116,38 @@ class Session:
         context_frames: Tensor,
         temperature: float = 1.0,
         top_k: int | None = 100,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         normalize_actions: Callable[[Tensor], Tensor] | None = None,
+        precision: str | None = None,
+        dynamics_ids_only: bool = False,
+        speculation: Speculation | None = None,
+        anchor_every: int | None = None,
     ) -> None:
         check_context_frames(context_frames, tokenizer)
-        check_sampling(temperature, top_k)
         self._tokenizer, self._transformer, self._reward_head = tokenizer, transformer, reward_head
         self._layout = tokenizer.layout
-        self._temperature, self._top_k = temperature, top_k
+        self._drawing = Drawing(Sampling(temperature, top_k), True, dynamics_ids_only, speculation)
         self._normalize_actions = normalize_actions
         self._device = transformer.lm_head.weight.device
-        self._generator = copy_generator(generator, self._device)
         self._batch = context_frames.shape[0]
-        self._max_steps = self._layout.max_horizon(transformer.config.max_positions)
-        self._steps: list[_Step] = []
-        capacity = self._layout.context_span + self._layout.frame_stride * self._max_steps
-        cache = KVCache(transformer.config.num_layers, capacity, self._device)
-        with torch.inference_mode(), evaluation_mode(tokenizer, transformer):
-            indices = encode_context(tokenizer, context_frames)
-            self._context_tokens = self._layout.prompt(indices)[:, :-1]
-            prefill(transformer, self._context_tokens, cache)
-            self._context_frames, self._features = decode_context(tokenizer, indices)
-            slot = self._context_tokens.new_full((self._batch, 1), self._layout.dynamics_slot_id)
-            self._slot = slot
-            self._slot_embedding = transformer.embed(slot)  # (B, 1, D)
-        self._cache: KVCache | None = cache
+        self._generator = copy_generator(generator, self._device, self._batch)
+        longest = self._layout.max_horizon(transformer.config.max_positions)
+        self._segment_steps = check_anchor_every(anchor_every, longest, transformer)
+        self._precision = precision
+        self._taken = 0
+        self._record: tuple[Tensor, Tensor, Tensor | None] | None = None  # what a closed session still shows
+        with imagining(self._device, tokenizer, transformer):
+            self._segments = [self._segment(context_frames)]
+
+    def _segment(self, context_frames: Tensor) -> _Segment:
+        """A segment that starts from ``context_frames`` (B, t0, C, H, W)."""
+        indices = encode_context(self._tokenizer, context_frames)
+        tokens = self._layout.prompt(indices)[:, :-1]
+        self._precision = resolve_precision(self._precision, self._transformer, self._layout, tokens)
+        decoder = decoder_for(self._transformer, self._precision)
+        pixels = pixel_decoder_for(self._tokenizer)
+        branch = decoder.branch(decoder.prefill(tokens), 1, self._layout.frame_stride * self._segment_steps)
+        return _Segment(decoder, pixels, tokens, pixels.context(indices), branch)
 
     def step(self, action: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Imagines the frame that follows ``action``, taken at the latest frame.
@@ -110,100 +159,153 @@ class Session:
             The frame (B, C, H, W) in [0, 1] and the reward (B,) on arriving at it, None without a reward head.
 
         Raises:
-            ValueError: if the action does not fit, no positions are left, or the session is closed.
+            ValueError: if the action does not fit, or the session is closed.
         """
-        cache = self._open_cache()
-        if self.horizon_left == 0:
-            raise ValueError(
-                f"no frame is left: the model's {self._transformer.config.max_positions} positions hold "
-                f"{self._max_steps} future frames and all were used; rewind(), or start a session from the last "
-                f"{self._layout.context_length} of .frames"
-            )
-        actions = check_actions(action, self._transformer, (self._batch,), self._device)
-        state, length = self._generator.get_state(), cache.length
-        try:
-            with torch.inference_mode(), evaluation_mode(self._tokenizer, self._transformer, self._reward_head):
-                step = self._imagine(cache, actions, state)
-        except BaseException:  # an interrupted step is one that was not taken
-            cache.length = length
-            self._generator.set_state(state)
-            raise
-        self._steps.append(step)
-        return step.frame.clone(), None if step.reward is None else step.reward.clone()
+        step = self._advance(action, decode=True)
+        return self._frame(self._segments[-1], step).clone(), None if step.reward is None else step.reward.clone()
 
-    def _imagine(self, cache: KVCache, actions: Tensor | None, state: Tensor) -> _Step:
-        embedding = self._slot_embedding
-        if actions is not None:
-            slot_actions = actions[:, None]  # (B, 1, A)
-            if self._normalize_actions is not None:
-                slot_actions = self._normalize_actions(slot_actions)
-            embedding = embedding + self._transformer.embed_actions(slot_actions)
-        sampler = partial(sample_token, temperature=self._temperature, top_k=self._top_k, generator=self._generator)
-        count = self._layout.dynamics_tokens_per_frame
-        tokens, hidden = sample_frame(self._transformer, cache, embedding, count, sampler)
-        tokens = torch.cat([self._slot, tokens], dim=1)
-        indices = self._layout.split(torch.cat([self._context_tokens, tokens], dim=1))[1]  # (B, 1, n)
-        frame = decode_future(self._tokenizer, indices, self._features)[:, 0]
-        reward = None if self._reward_head is None else self._reward_head.predict(hidden)[:, 0]
-        return _Step(tokens, frame, reward, state)
+    def advance(self, action: Tensor | None = None) -> Tensor | None:
+        """As :meth:`step`, for who needs no pixels: the frame is decoded only if :attr:`frames` or an anchor asks."""
+        step = self._advance(action, decode=False)
+        return None if step.reward is None else step.reward.clone()
+
+    def _advance(self, action: Tensor | None, decode: bool) -> _Step:
+        segments = self._open_segments()
+        actions = check_actions(action, self._transformer, (self._batch,), self._device)
+        states = generator_states(self._generator)
+        try:
+            with imagining(self._device, self._tokenizer, self._transformer, self._reward_head):
+                if self.horizon_left == 0:
+                    anchored = self._segment(self._latest_frames())
+                    segments = [*segments, anchored][-KEPT_SEGMENTS:]
+                step = self._imagine(segments[-1], actions, states)
+                if decode:
+                    self._frame(segments[-1], step)
+        except BaseException:  # an interrupted step is one that was not taken
+            set_generator_states(self._generator, states)
+            raise
+        segments[-1].steps.append(step)
+        self._segments = segments
+        self._taken += 1
+        return step
+
+    def _imagine(self, segment: _Segment, actions: Tensor | None, states: list[Tensor]) -> _Step:
+        if actions is not None and self._normalize_actions is not None:
+            actions = self._normalize_actions(actions[:, None])[:, 0]
+        count = self._drawing.draws(self._layout, first=not segment.steps)
+        uniforms = draw_uniforms(self._generator, self._batch, count, self._device)
+        decoder, branch = segment.decoder, segment.branch
+        drawn = next_frame(decoder, branch, self._layout, segment.state(), actions, uniforms, self._drawing)
+        state, reward = drawn.state, None
+        if self._reward_head is not None:
+            hidden, state = feed_unfed(decoder, branch, state)
+            reward = self._reward_head.predict(hidden[:, None])[:, 0]
+        return _Step(drawn.tokens, state, reward, states)
+
+    def _frame(self, segment: _Segment, step: _Step) -> Tensor:
+        if step.frame is None:
+            indices = self._layout.split(torch.cat([segment.context_tokens, step.tokens], dim=1))[1]  # (B, 1, n)
+            with torch.inference_mode():
+                step.frame = segment.pixels.decode(indices, segment.features)[:, 0]
+        return step.frame
+
+    def _latest_frames(self) -> Tensor:
+        """The frames (B, t0, C, H, W) that a new context is made of."""
+        segment, count = self._segments[-1], self._layout.context_length
+        steps = segment.steps[-count:]
+        context = segment.features.frames[:, len(steps) :]
+        return torch.cat([context, *(self._frame(segment, step)[:, None] for step in steps)], dim=1)
 
     def fork(self) -> Session:
-        """An independent session that continues from here: its own cache and its own copy of the generator."""
-        cache = self._open_cache()
-        branch = copy.copy(self)  # model, context and past frames are shared: nobody changes them
-        branch._generator = copy_generator(self._generator, self._device)
-        branch._steps = list(self._steps)
+        """An independent session that continues from here, with its own copy of the generator.
+
+        The context is shared; only the positions that the steps have added to it are copied.
+        """
+        segments = self._open_segments()
+        branch = copy.copy(self)
+        branch._generator = copy_generator(self._generator, self._device, self._batch)
         with torch.inference_mode():
-            branch._cache = cache.fork()
+            branch._segments = [*segments[:-1], segments[-1].fork()]
         return branch
 
     def rewind(self, steps: int = 1) -> None:
         """Takes back the last ``steps`` steps, the draws of the generator included.
 
         Raises:
-            ValueError: if there are not so many, or the session is closed.
+            ValueError: if so many are not kept, or the session is closed.
         """
-        cache = self._open_cache()
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= len(self._steps):
+        segments = self._open_segments()
+        kept = sum(len(segment.steps) for segment in segments)
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= kept:
             raise ValueError(
-                f"cannot rewind {steps!r} steps: {len(self._steps)} were taken, give 0..{len(self._steps)}"
+                f"cannot rewind {steps!r} steps: {self._taken} were taken and {kept} are kept, give 0..{kept}"
             )
         if steps == 0:
             return
-        self._generator.set_state(self._steps[-steps].generator_state)
-        del self._steps[-steps:]
-        cache.length = self._layout.context_span + self._layout.frame_stride * len(self._steps)
+        left = list(segments)
+        states = [step for segment in left for step in segment.steps][-steps].generator_states
+        rest = steps
+        while rest > len(left[-1].steps):
+            rest -= len(left.pop().steps)
+        if len(left) < len(segments):
+            with torch.inference_mode():
+                left[-1] = left[-1].fork()  # a fork of this session may stand on the same segment
+        del left[-1].steps[len(left[-1].steps) - rest :]
+        set_generator_states(self._generator, states)
+        self._segments = left
+        self._taken -= steps
 
     def close(self) -> None:
         """Frees the cache; frames, tokens and rewards stay readable. Closing twice is fine."""
-        self._cache = None
-        self._features = []
+        if not self.closed:
+            self._record = (self.frames, self.tokens, self.rewards)
+            self._segments = []
 
     @property
     def closed(self) -> bool:
-        return self._cache is None
+        return not self._segments
+
+    @property
+    def precision(self) -> str:
+        """Precision of the transformer's weights in this session."""
+        return self._open_segments()[-1].decoder.precision
+
+    @property
+    def steps(self) -> int:
+        """Steps taken since the session began."""
+        return self._taken
 
     @property
     def horizon_left(self) -> int:
-        """How many more steps the transformer's positions allow."""
-        return self._max_steps - len(self._steps)
+        """How many more steps are taken before the latest frames become the context."""
+        return self._segment_steps - len(self._open_segments()[-1].steps)
 
     @property
     def frames(self) -> Tensor:
-        """Video (B, t0 + steps, C, H, W) in [0, 1]: the reconstructed context, then what was imagined."""
-        return torch.cat([self._context_frames, *(step.frame[:, None] for step in self._steps)], dim=1)
+        """Video (B, t0 + kept steps, C, H, W) in [0, 1]: the oldest kept context, reconstructed, and what followed."""
+        if self._record is not None:
+            return self._record[0].clone()
+        segments = self._open_segments()
+        steps = [self._frame(segment, step)[:, None] for segment in segments for step in segment.steps]
+        return torch.cat([segments[0].features.frames, *steps], dim=1)
 
     @property
     def tokens(self) -> Tensor:
-        """Tokens (B, L) of :attr:`frames`."""
-        return torch.cat([self._context_tokens, *(step.tokens for step in self._steps)], dim=1)
+        """Tokens (B, L) of the latest context and of the steps since."""
+        if self._record is not None:
+            return self._record[1].clone()
+        segment = self._open_segments()[-1]
+        return torch.cat([segment.context_tokens, *(step.tokens for step in segment.steps)], dim=1)
 
     @property
     def rewards(self) -> Tensor | None:
-        """Rewards (B, steps), None without a reward head."""
+        """Rewards (B, kept steps), None without a reward head."""
         if self._reward_head is None:
             return None
-        rewards = [step.reward for step in self._steps if step.reward is not None]
+        if self._record is not None and self._record[2] is not None:
+            return self._record[2].clone()
+        steps = [step for segment in self._open_segments() for step in segment.steps]
+        rewards = [step.reward for step in steps if step.reward is not None]
         return torch.stack(rewards, dim=1) if rewards else torch.zeros(self._batch, 0, device=self._device)
 
     def __enter__(self) -> Session:
@@ -214,7 +316,7 @@ class Session:
     ) -> None:
         self.close()
 
-    def _open_cache(self) -> KVCache:
-        if self._cache is None:
+    def _open_segments(self) -> list[_Segment]:
+        if not self._segments:
             raise ValueError("this session is closed: start another one")
-        return self._cache
+        return self._segments

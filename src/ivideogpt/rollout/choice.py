@@ -1,0 +1,84 @@
+"""Which decoder runs a transformer on this machine, made once and kept as long as the weights stay what they are."""
+
+from __future__ import annotations
+
+import threading
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ivideogpt.models.transformer import Transformer
+from ivideogpt.rollout.cpu import KernelDecoder, load_kernel, supported
+from ivideogpt.rollout.decoder import Decoder
+from ivideogpt.rollout.fused import DTYPES, TorchDecoder
+from ivideogpt.rollout.weights import weights_key
+
+PRECISIONS = ("float32", "bfloat16", "float16", "int8")
+
+_made: WeakKeyDictionary[Transformer, dict[str, tuple[tuple[object, ...], Decoder]]] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def own_precision(transformer: Transformer) -> str:
+    """The precision that the weights are in."""
+    dtype = transformer.lm_head.weight.dtype
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def decoder_for(transformer: Transformer, precision: str | None = None) -> Decoder:
+    """A decoder of the transformer's weights as they are now.
+
+    On a CPU it is the compiled kernel where one can be had, else torch operations.
+
+    Args:
+        transformer: whose weights are copied, unless a copy of these weights is at hand.
+        precision: one of ``PRECISIONS``; None is the one that the weights are in.
+
+    Raises:
+        ValueError: if the precision is unknown, or cannot be had on this machine.
+    """
+    if precision is None:
+        precision = own_precision(transformer)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be auto or one of {', '.join(PRECISIONS)}, got {precision!r}")
+    key = weights_key(transformer)
+    with _lock:
+        made = _made.setdefault(transformer, {})
+        for name in [name for name, (of, _) in made.items() if of != key]:
+            del made[name]
+        if precision not in made:
+            made[precision] = (key, _make(transformer, precision))
+        return made[precision][1]
+
+
+def forget(transformer: Transformer, precision: str) -> None:
+    """Drops the copy of the weights in one precision."""
+    with _lock:
+        _made.get(transformer, {}).pop(precision, None)
+
+
+def _make(transformer: Transformer, precision: str) -> Decoder:
+    device = transformer.lm_head.weight.device
+    obstacle = supported(transformer, precision) if device.type == "cpu" else "it is for CPUs"
+    if obstacle is None:
+        return KernelDecoder(transformer, precision)
+    if precision == "int8" or (precision == "float16" and device.type == "cpu"):
+        raise ValueError(
+            f"precision {precision!r} on {device} needs the compiled CPU kernel, which cannot run here: {obstacle}; "
+            "use float32 or bfloat16"
+        )
+    if device.type == "cuda":
+        from ivideogpt.rollout.graphs import GraphDecoder
+
+        return GraphDecoder(transformer, precision)
+    return TorchDecoder(transformer, precision)
+
+
+def available_precisions(device: torch.device) -> tuple[str, ...]:
+    """What ``precision`` may be on ``device``."""
+    if device.type == "cpu":
+        library = load_kernel()
+        if library is None:
+            return ("float32", "bfloat16")
+        return tuple(name for name in PRECISIONS if name != "float16" or library.ivideogpt_has_float16())
+    return ("float32", "bfloat16", "float16")

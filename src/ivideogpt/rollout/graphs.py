@@ -1,0 +1,259 @@
+"""GraphDecoder: a whole frame as one CUDA graph, so that no kernel waits for the host.
+
+Addresses inside a graph are fixed, so it runs in a *workspace*: buffers for the prefix and the own positions of one
+shape of rows, and the graphs that were captured on them. Branches of one prefix share its workspace; the one that was
+used last lives in its buffers, the others' own positions wait in memory of their own and change places with it. A
+workspace whose branches are gone serves the next prefix of its shape, graphs and all.
+
+B clips, S rows a clip, R = B*S rows, P positions of the prefix, L lead tokens, n tokens of a frame, D embed_dim.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from warnings import warn
+from weakref import ReferenceType, WeakSet, ref
+
+import torch
+from torch import Tensor
+
+from ivideogpt.models.transformer import Transformer
+from ivideogpt.rollout.cache import KVCache, Prefix
+from ivideogpt.rollout.decoder import Sampled
+from ivideogpt.rollout.fused import TorchDecoder
+from ivideogpt.rollout.sampling import Sampling, sample_token
+
+IDLE_WORKSPACES = 2
+"""Workspaces without branches that are kept for prefixes to come."""
+
+WARM_UP_RUNS = 2
+"""Runs in front of a capture, which let libraries allocate what they do not allocate again."""
+
+capturing = threading.Lock()
+"""Held while a graph is captured: two captures at once would see each other's work."""
+
+
+class GraphBranch:
+    """Rows whose own positions are in their workspace's buffers, or wait beside them."""
+
+    def __init__(self, workspace: Workspace, length: int = 0) -> None:
+        self.workspace = workspace
+        self.rows, self.capacity = workspace.cache.rows, workspace.cache.capacity
+        self.length = length
+        self.waiting: tuple[Tensor, Tensor] | None = (
+            None  # keys and values (N, R, K, length, d), while not in the buffers
+        )
+        workspace.branches.add(self)
+
+    def fork(self) -> GraphBranch:
+        """An independent branch from here on; it waits beside the buffers until it is used."""
+        with self.workspace.lock:
+            copy = GraphBranch(self.workspace, self.length)
+            copy.waiting = self.workspace.filled(self)
+        return copy
+
+
+@dataclass
+class Frame:
+    """One captured way of drawing: its inputs, which are copied into, its outputs, which are copied out of."""
+
+    lead: Tensor
+    actions: Tensor | None
+    uniforms: Tensor
+    run: Callable[[], None]
+    outputs: list[Tensor]
+
+
+@dataclass(eq=False)
+class Workspace:
+    """Fixed buffers for rows of one shape.
+
+    Attributes:
+        cache: prefix and own positions; the prefix' buffers are overwritten when another takes its place.
+        start: scalar int64, the own position that a frame begins at.
+        prefix: which one's copy ``cache`` holds, None if nothing yet.
+        branches: that use it.
+        resident: whose own positions are in ``cache``.
+    """
+
+    cache: KVCache
+    start: Tensor
+    prefix: ReferenceType[Prefix] | None = None
+    branches: WeakSet[GraphBranch] = field(default_factory=WeakSet)
+    resident: ReferenceType[GraphBranch] | None = None
+    frames: dict[Any, Frame] = field(default_factory=dict)
+    lock: Any = field(default_factory=threading.RLock)
+
+    def take(self, prefix: Prefix) -> None:
+        """Makes ``prefix`` the one that the buffers hold; no branch of another may be left."""
+        if not self.holds(prefix):
+            self.cache.prefix.keys.copy_(prefix.keys)
+            self.cache.prefix.values.copy_(prefix.values)
+            self.prefix, self.resident = ref(prefix), None
+
+    def holds(self, prefix: Prefix) -> bool:
+        """Whether the buffers hold ``prefix``."""
+        return self.prefix is not None and self.prefix() is prefix
+
+    def filled(self, branch: GraphBranch) -> tuple[Tensor, Tensor]:
+        """Copies of the branch's own keys and values."""
+        keys, values = (self.cache.keys, self.cache.values) if branch.waiting is None else branch.waiting
+        assert branch.waiting is not None or branch.length == 0 or self._resident() is branch
+        return keys[..., : branch.length, :].clone(), values[..., : branch.length, :].clone()
+
+    def admit(self, branch: GraphBranch) -> None:
+        """Puts the branch's own positions into the buffers, and those of the one that was there beside them."""
+        resident = self._resident()
+        if resident is branch:
+            return
+        if resident is not None:
+            resident.waiting = self.filled(resident)
+        if branch.waiting is not None:
+            filled = branch.waiting[0].shape[3]
+            self.cache.keys[..., :filled, :] = branch.waiting[0]
+            self.cache.values[..., :filled, :] = branch.waiting[1]
+            branch.waiting = None
+        self.resident = ref(branch)
+
+    def _resident(self) -> GraphBranch | None:
+        return None if self.resident is None else self.resident()
+
+
+class GraphDecoder(TorchDecoder):
+    """Decoder whose frames are CUDA graphs. Off a GPU, or where a capture fails, the same operations run one by one.
+
+    Args:
+        transformer: whose weights are copied.
+        precision: as for :class:`ivideogpt.rollout.fused.TorchDecoder`.
+    """
+
+    def __init__(self, transformer: Transformer, precision: str) -> None:
+        super().__init__(transformer, precision)
+        self._workspaces: list[Workspace] = []
+        self._lock = threading.Lock()
+        self._captures = self.device.type == "cuda"
+
+    def branch(self, prefix: Prefix, samples: int, capacity: int) -> GraphBranch:  # type: ignore[override]
+        """An empty branch of B * ``samples`` rows with room for ``capacity`` own positions."""
+        with self._lock:
+            fitting = [
+                workspace
+                for workspace in self._workspaces
+                if workspace.cache.prefix.keys.shape == prefix.keys.shape
+                and workspace.cache.samples == samples
+                and workspace.cache.capacity == capacity
+            ]
+            sharing = [workspace for workspace in fitting if workspace.holds(prefix)]
+            free = [workspace for workspace in fitting if not workspace.branches]
+            found = [*sharing, *free]
+            workspace = found[0] if found else self._add_workspace(prefix, samples, capacity)
+            workspace.take(prefix)
+            return GraphBranch(workspace)
+
+    def _add_workspace(self, prefix: Prefix, samples: int, capacity: int) -> Workspace:
+        idle = [workspace for workspace in self._workspaces if not workspace.branches]
+        for workspace in idle[: max(0, len(idle) - IDLE_WORKSPACES + 1)]:
+            self._workspaces.remove(workspace)
+        buffers = Prefix(torch.empty_like(prefix.keys), torch.empty_like(prefix.values))
+        start = torch.zeros((), dtype=torch.int64, device=self.device)
+        workspace = Workspace(KVCache(buffers, samples, capacity), start)
+        self._workspaces.append(workspace)
+        return workspace
+
+    def feed(  # type: ignore[override]
+        self, branch: GraphBranch, tokens: Tensor, actions: Tensor | None = None, action_at: int = -1
+    ) -> Tensor:
+        """Final normed hidden states (R, L, D), float32; one graph for each L."""
+        nothing = torch.empty(branch.rows, 0, device=self.device)
+        return self._run(branch, tokens, actions, nothing, Sampling(), action_at)[0]
+
+    def sample(  # type: ignore[override]
+        self, branch: GraphBranch, lead: Tensor, actions: Tensor | None, uniforms: Tensor, sampling: Sampling
+    ) -> Sampled:
+        """Feeds ``lead``, then draws one token after another: one graph."""
+        hidden, tokens = self._run(branch, lead, actions, uniforms, sampling)
+        return Sampled(tokens, hidden)
+
+    def _run(
+        self,
+        branch: GraphBranch,
+        lead: Tensor,
+        actions: Tensor | None,
+        uniforms: Tensor,
+        sampling: Sampling,
+        action_at: int = -1,
+    ) -> tuple[Tensor, Tensor]:
+        workspace = branch.workspace
+        grows = lead.shape[1] + max(uniforms.shape[1] - 1, 0)
+        assert branch.length + grows <= branch.capacity, f"no room for {grows} positions behind {branch.length}"
+        with workspace.lock:
+            workspace.admit(branch)
+            workspace.start.fill_(branch.length)
+            key = (lead.shape[1], uniforms.shape[1], None if actions is None else action_at, sampling)
+            if key not in workspace.frames:
+                workspace.frames[key] = self._frame(workspace, lead, actions, uniforms, sampling, action_at)
+            frame = workspace.frames[key]
+            frame.lead.copy_(lead)
+            frame.uniforms.copy_(uniforms)
+            if frame.actions is not None and actions is not None:
+                frame.actions.copy_(actions)
+            frame.run()
+            hidden, tokens = (output.clone() for output in frame.outputs)
+        branch.length += grows
+        return hidden, tokens
+
+    def _frame(
+        self,
+        workspace: Workspace,
+        lead: Tensor,
+        actions: Tensor | None,
+        uniforms: Tensor,
+        sampling: Sampling,
+        action_at: int,
+    ) -> Frame:
+        """Buffers for drawing in this way, and what runs on them: a captured graph on a GPU."""
+        lead, uniforms = lead.clone(), uniforms.clone()
+        actions = None if actions is None else actions.clone()
+        outputs: list[Tensor] = []
+
+        def draw() -> list[Tensor]:
+            hidden = self.feed_at(workspace.cache, lead, workspace.start, actions, action_at)
+            tokens: list[Tensor] = []
+            state = hidden[:, -1]
+            for index in range(uniforms.shape[1]):
+                if tokens:
+                    at = workspace.start + (lead.shape[1] + index - 1)
+                    state = self.feed_at(workspace.cache, tokens[-1][:, None], at)[:, -1]
+                tokens.append(sample_token(self.logits(state, sampling), uniforms[:, index], sampling))
+            return [hidden, torch.stack(tokens, dim=1) if tokens else lead[:, :0]]
+
+        def run_eagerly() -> None:
+            outputs[:] = draw()
+
+        run = run_eagerly
+        if self._captures:
+            try:
+                graph, outputs = self._capture(draw)
+                run = graph.replay
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self._captures = False
+                warn(f"the CUDA graph of a frame could not be captured, it runs op by op: {error}", stacklevel=2)
+        return Frame(lead, actions, uniforms, run, outputs)
+
+    def _capture(self, draw: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+        with capturing, torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP_RUNS):
+                    draw()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                outputs = draw()
+        return graph, outputs
