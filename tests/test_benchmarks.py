@@ -20,8 +20,9 @@ pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # the folder that holds the package `benchmarks`, which is not installed
     sys.path.insert(0, str(ROOT))
-baselines, common, rollout, sides = (
-    importlib.import_module(f"benchmarks.{name}") for name in ("baselines", "common", "rollout", "rollout_sides")
+baselines, common, decoding, rollout, sides = (
+    importlib.import_module(f"benchmarks.{name}")
+    for name in ("baselines", "common", "decoding", "rollout", "rollout_sides")
 )
 
 SIDES = {"original", "hf-cached", "ours:float32"}
@@ -272,3 +273,41 @@ def test_committed_result(path: Path) -> None:
     assert all(record["checks"].values())
     assert record["versions"]["commit"]
     assert str(ROOT) not in path.read_text()  # of nobody's concern
+
+
+def check_decoding(record: dict[str, Any]) -> None:
+    assert record["benchmark"] == "decoding" and record["versions"]["commit"]
+    assert {report["precision"] for report in record["precisions"]} >= {"float32", "bfloat16"}
+    for result in record["temperatures"].values():
+        assert set(result["options"]) == set(decoding.OPTIONS)
+        for name, option in result["options"].items():
+            assert option["seconds_per_frame"]["median"] > 0
+            if name.startswith("speculation"):  # exact
+                assert option["same_tokens"] > 0.99
+                assert 1 <= option["passes_per_frame"] <= 16
+        assert result["options"]["2 passes (approximate)"]["passes_per_frame"] == 2
+        assert result["options"]["diagonals (approximate)"]["passes_per_frame"] == 7
+
+
+def test_decoding(tmp_path: Path) -> None:
+    out = tmp_path / "decoding.json"
+    assert (
+        decoding.main(["--clips", "1", "--horizon", "3", "--repeats", "1", "--device", "cpu", "--out", str(out)]) == 0
+    )
+    check_decoding(json.loads(out.read_text()))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results").glob("decoding-*.json")), ids=lambda p: p.name
+)
+def test_committed_decoding(path: Path) -> None:
+    check_decoding(json.loads(path.read_text()))
+
+
+def test_passes_of_fixed_guesses() -> None:
+    still = torch.tensor([[[1, 2, 3, 4]] * 3])
+    assert decoding.drafts(still, 4) == {"previous": 1.0, "n-gram": 1.0}
+    assert decoding.drafts(still, 2) == {"previous": 2.0, "n-gram": 2.0}
+    moved = torch.tensor([[[1, 2, 3, 4], [5, 6, 3, 4], [1, 2, 3, 4]]])
+    # frame 1: wrong at places 0 and 1, then right; frame 2: wrong at place 0, after which 1 was once followed by 2
+    assert decoding.drafts(moved, 4) == {"previous": 3.0, "n-gram": 2.5}
