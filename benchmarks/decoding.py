@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,26 +98,28 @@ def measure_options(wm: Any, batch: dict[str, Any], horizon: int, temperature: f
     video, actions = batch["video"], batch["actions"]
     context = wm.config.context_length
     truth = video[:, context : context + horizon]
+    # without rewards, so that a step is the drawing of a frame and nothing else
+    silent = ivideogpt.WorldModel.from_parts(wm.tokenizer, wm.transformer, None, wm.extras)
 
     def roll(clip: int, options: dict[str, Any], frames: str | None = None) -> Any:
         return wm.rollout(
             video[clip : clip + 1, :context], actions[clip : clip + 1], horizon=horizon, temperature=temperature,
-            generator=torch.Generator().manual_seed(clip), return_frames=frames, **options,
+            generator=torch.Generator(wm.device).manual_seed(clip), return_frames=frames, **options,
         )  # fmt: skip
 
     def run(options: dict[str, Any]) -> Callable[[], list[float]]:
         def seconds() -> list[float]:
-            spent = 0.0
+            times = []
             for clip in range(len(video)):
-                for frames, sign in ((horizon, 1), (1, -1)):  # less what comes in front of the second frame
-                    start = time.perf_counter()
-                    wm.rollout(
-                        video[clip : clip + 1, :context], actions[clip : clip + 1], horizon=frames,
-                        temperature=temperature, generator=torch.Generator().manual_seed(clip), return_frames=None,
-                        **options,
-                    )  # fmt: skip
-                    spent += sign * (time.perf_counter() - start)
-            return [spent / len(video) / (horizon - 1)]
+                session = silent.session(
+                    video[clip : clip + 1, :context], temperature=temperature,
+                    generator=torch.Generator(wm.device).manual_seed(clip), **options,
+                )  # fmt: skip
+                for index in range(horizon):
+                    action = actions[clip : clip + 1, context - 1 + index]
+                    times.append(common.timed(partial(session.advance, action), wm.device))
+                del times[-horizon]  # the first frame has nothing to guess from
+            return [sum(times) / len(times)]
 
         return seconds
 

@@ -25,6 +25,7 @@ baselines, common, decoding, rollout, sides = (
     for name in ("baselines", "common", "decoding", "rollout", "rollout_sides")
 )
 
+RESULTS = ROOT / "benchmarks" / "results"
 SIDES = {"original", "hf-cached", "ours:float32"}
 
 
@@ -265,7 +266,7 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
     assert memory["growth"] is not None and memory["growth"] < 2**24
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("rollout-*.json")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("rollout-*.json")), ids=lambda path: path.name)
 def test_committed_result(path: Path) -> None:
     record = json.loads(path.read_text())
     check_record(record)
