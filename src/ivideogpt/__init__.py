@@ -6,18 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ivideogpt.rollout.speculation import Speculation
     from ivideogpt.world_model import WorldModel, WorldModelOutput, from_pretrained
     from ivideogpt.zoo.registry import list_models
 
 # Name -> home; imported on first use, so that `import ivideogpt` and the command line's help stay quick.
 _EXPORTS = {
+    "Speculation": "ivideogpt.rollout.speculation",
     "WorldModel": "ivideogpt.world_model",
     "WorldModelOutput": "ivideogpt.world_model",
     "from_pretrained": "ivideogpt.world_model",
     "list_models": "ivideogpt.zoo.registry",
 }
 
-__all__ = ["WorldModel", "WorldModelOutput", "__version__", "from_pretrained", "list_models"]
+__all__ = ["Speculation", "WorldModel", "WorldModelOutput", "__version__", "from_pretrained", "list_models"]
 
 
 def __getattr__(name: str) -> Any:

@@ -132,8 +132,11 @@ class TokenLayout:
         padded = torch.cat([tokens[:, :1], tokens], dim=1)  # a stand-in for the slot that is left out
         context = padded[:, : self.context_span + 1].reshape(batch, self.context_length, -1)[:, :, 1:]
         dynamics = tokens[:, self.context_span :].reshape(batch, future, self.frame_stride)[:, :, 1:]
-        dynamics = (dynamics - self.codebook_size).clamp(0, self.dynamics_codebook_size - 1)
-        return context.clamp(0, self.codebook_size - 1), dynamics
+        return context.clamp(0, self.codebook_size - 1), self.dynamics_indices(dynamics)
+
+    def dynamics_indices(self, tokens: Tensor) -> Tensor:
+        """Codebook indices of a future frame's ids ``tokens``, of any shape; ids of others are clamped into it."""
+        return (tokens - self.codebook_size).clamp(0, self.dynamics_codebook_size - 1)
 
     def labels(self, tokens: Tensor) -> Tensor:
         """Labels (B, L): ``tokens`` with -100 on the context and on the first dynamics slot (shifted in the loss)."""

@@ -218,6 +218,17 @@ def test_only_the_frames_that_are_asked_for(tiny_world_model: Build) -> None:
         model.rollout(clip(), some_actions(), return_frames="first")
 
 
+def test_frames_that_are_decoded_as_they_come(tiny_world_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_world_model(ACTION_DIM, reward=True)
+    settings: dict[str, Any] = {"horizon": 4, "num_samples": 3}
+    at_the_end = model.rollout(clip(3), some_actions(3), generator=seeded(), **settings)
+    monkeypatch.setattr(engine_module, "OVERLAPPING", ("cpu",))
+    assert_same(at_the_end, model.rollout(clip(3), some_actions(3), generator=seeded(), **settings))
+    monkeypatch.setattr(engine_module, "free_memory", lambda _: int(2 / engine_module.SHARE))
+    monkeypatch.setattr(engine_module, "row_bytes", lambda *_: 1)
+    assert_same(at_the_end, model.rollout(clip(3), some_actions(3), generator=seeded(), **settings))
+
+
 def test_a_row_with_its_own_seed_does_not_depend_on_the_others(tiny_world_model: Build) -> None:
     model = tiny_world_model(ACTION_DIM)
     together = model.rollout(

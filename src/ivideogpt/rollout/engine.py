@@ -6,9 +6,10 @@ frame, D embed_dim, A action size, L sequence length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,14 @@ from ivideogpt.rollout.inputs import (
     check_return_frames,
 )
 from ivideogpt.rollout.memory import SHARE, Span, free_memory, row_bytes, run_in_spans
+from ivideogpt.rollout.overlap import FrameStream
 from ivideogpt.rollout.pixels import encode_context, pixel_decoder_for
 from ivideogpt.rollout.precision import resolve_precision
 from ivideogpt.rollout.sampling import Generators, Sampling, check_generator, copy_generator, draw_uniforms
 from ivideogpt.rollout.speculation import Speculation
+
+OVERLAPPING = ("cuda",)
+"""Devices on which frames are decoded while the next ones' tokens are drawn."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,12 @@ def rollout(
         states = None
         if reward_head is not None:
             states = torch.empty(total, horizon, transformer.config.embed_dim, device=device)
+        pixels = features = stream = None
+        if return_frames is not None:
+            pixels = pixel_decoder_for(tokenizer)
+            features = pixels.context(context_indices)
+            if return_frames == "all" and device.type in OVERLAPPING:
+                stream = FrameStream(pixels, features, layout, num_samples, horizon)
         prefixes: dict[tuple[int, int], object] = {}  # of the clips of the latest span: its samples may follow
 
         def run(span: Span) -> None:
@@ -171,8 +182,9 @@ def rollout(
                 per_row = len(slot_actions) == total
                 lead = slot_actions[rows] if per_row else slot_actions[rows // num_samples]
             numbers = [uniforms[rows] for uniforms in chance]
+            watch = None if stream is None else partial(stream.take, span, rows)
             drawn, hidden = _imagine(
-                decoder, layout, prefixes[clips], span.samples, lead, numbers, drawing, states is not None
+                decoder, layout, prefixes[clips], span.samples, lead, numbers, drawing, states is not None, watch
             )
             tokens[rows] = drawn
             if states is not None and hidden is not None:
@@ -187,12 +199,13 @@ def rollout(
         rewards = None if reward_head is None or states is None else reward_head.predict(states)
         video = None
         all_tokens = torch.cat([context_tokens.repeat_interleave(num_samples, dim=0), tokens], dim=1)
-        if return_frames is not None:
-            pixels = pixel_decoder_for(tokenizer)
-            features = pixels.context(context_indices)
-            indices = layout.split(all_tokens)[1][:, -1 if return_frames == "last" else 0 :]  # (R, F or 1, n)
-            frames = pixels.decode(indices.unflatten(0, (batch, num_samples)).flatten(1, 2), features)
-            frames = frames.unflatten(1, (num_samples, -1)).flatten(0, 1)  # (R, F or 1, C, H, W)
+        if pixels is not None and features is not None:
+            if stream is not None:
+                frames = stream.frames()
+            else:
+                indices = layout.split(all_tokens)[1][:, -1 if return_frames == "last" else 0 :]  # (R, F or 1, n)
+                frames = pixels.decode(indices.unflatten(0, (batch, num_samples)).flatten(1, 2), features)
+                frames = frames.unflatten(1, (num_samples, -1)).flatten(0, 1)  # (R, F or 1, C, H, W)
             video = torch.cat([features.frames.repeat_interleave(num_samples, dim=0), frames], dim=1)
 
     # cloned outside of inference mode, so that a training loop may use them
@@ -210,8 +223,12 @@ def _imagine(
     chance: list[Tensor],
     drawing: Drawing,
     rewards: bool,
+    watch: Callable[[int, Tensor], None] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Tokens (R, F (n + 1)) of rows that run together, and the hidden states (R, F, D) that rewards are read from."""
+    """Tokens (R, F (n + 1)) of rows that run together, and the hidden states (R, F, D) that rewards are read from.
+
+    ``watch`` is shown each frame's number and tokens (R, n) as soon as they are drawn.
+    """
     branch = decoder.branch(prefix, samples, layout.frame_stride * len(chance))
     state = FrameState.start(branch.rows, chance[0].device)
     tokens: list[Tensor] = []
@@ -221,6 +238,8 @@ def _imagine(
         frame = next_frame(decoder, branch, layout, state, action, uniforms, drawing)
         state = frame.state
         tokens.append(frame.tokens)
+        if watch is not None:
+            watch(index, frame.tokens[:, 1:])
         if rewards and frame.previous_hidden is not None:
             hidden.append(frame.previous_hidden)
     if not rewards:

@@ -204,8 +204,8 @@ class Session:
 
     def _frame(self, segment: _Segment, step: _Step) -> Tensor:
         if step.frame is None:
-            indices = self._layout.split(torch.cat([segment.context_tokens, step.tokens], dim=1))[1]  # (B, 1, n)
             with torch.inference_mode():
+                indices = self._layout.dynamics_indices(step.tokens[:, None, 1:])  # (B, 1, n)
                 step.frame = segment.pixels.decode(indices, segment.features)[:, 0]
         return step.frame
 
