@@ -52,10 +52,10 @@ def cases_of(device: str, quick: bool, tiny: bool, frames: int | None = None) ->
     elif device == "cuda":
         steps, clips, candidates, loop = (1000, 300), [(1, 14), (16, 14)], [(200, 10), (800, 10)], (32, 10)
     else:
-        steps, clips, candidates, loop = (120, 30), [(1, 14), (4, 4)], [(16, 3)], (8, 3)
+        steps, clips, candidates, loop = (120, 30), [(4, 4), (1, 14)], [(16, 3)], (8, 3)
     if quick and not tiny:
         steps = (steps[0] // 4, steps[1] // 5)
-        clips, candidates = clips[1:], candidates[:1]
+        clips, candidates = [max(clips)], candidates[:1]
         if device == "cpu":
             candidates, loop = [(8, 2)], (4, 2)
     if frames is not None:
