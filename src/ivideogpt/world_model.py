@@ -215,8 +215,8 @@ class WorldModel(nn.Module):
             force_slots: put a slot token in front of each frame; False samples every position freely.
             return_frames: ``"all"``, ``"last"`` for the context and the last predicted frame, or None for no video.
             precision: of the transformer's weights in the rollout: ``"float32"``, ``"bfloat16"``, ``"float16"``,
-                ``"int8"``, or ``"auto"``: the fastest on this machine that draws what float32 draws. None leaves them
-                as they are.
+                ``"int8"``, or ``"auto"``: the fastest on this machine whose argmax ids are those of float32 on a short
+                probe. None leaves them as they are.
             dynamics_ids_only: sample among the ids of future frames only, which is a little faster.
             speculation: draw several tokens at a time, guessed from the frame before.
 

@@ -159,6 +159,26 @@ def test_a_workspace_serves_the_next_prefix() -> None:
     assert len({id(branch.workspace) for branch in held}) == 3
 
 
+def test_a_workspace_forgets_what_was_not_finite() -> None:
+    model = build()
+    decoder = GraphDecoder(model, "float32")
+    own = ids(2, 5, seed=4)
+    branch = decoder.branch(decoder.prefill(ids(2, 20)), 1, 12)
+    assert decoder.feed(branch, own, torch.full((2, 3), float("nan"))).isnan().any()
+    del branch
+    branch = decoder.branch(decoder.prefill(ids(2, 20)), 1, 12)
+    assert decoder.feed(branch, own).isfinite().all()
+
+
+def test_captures_do_not_pile_up() -> None:
+    decoder = GraphDecoder(build(), "float32")
+    branch = decoder.branch(decoder.prefill(ids(1, 20)), 1, 12)
+    for step in range(40):
+        branch.length = 0
+        decoder.sample(branch, ids(1, 1), None, torch.zeros(1, 2), Sampling(1.0 + step))
+    assert len(branch.workspace.frames) <= 20
+
+
 @pytest.mark.parametrize("kind", [TorchDecoder, GraphDecoder])
 def test_the_prefix_is_not_repeated_for_the_samples(kind: type[TorchDecoder]) -> None:
     decoder = kind(build(), "float32")

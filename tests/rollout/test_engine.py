@@ -158,8 +158,7 @@ def test_little_memory_changes_nothing(tiny_world_model: Build, monkeypatch: pyt
 
     imagine = engine_module._imagine
     monkeypatch.setattr(engine_module, "_imagine", watched)
-    monkeypatch.setattr(engine_module, "free_memory", lambda _: int(rows / engine_module.SHARE))
-    monkeypatch.setattr(engine_module, "row_bytes", lambda *_: 1)
+    monkeypatch.setattr(engine_module, "rows_that_fit", lambda *_: rows)
     assert_same(whole, model.rollout(clip(3), some_actions(3), generator=seeded(), **settings))
     assert sum(ran) == 12
     assert max(ran) <= max(rows, 4 if rows >= 4 else rows)
@@ -224,8 +223,7 @@ def test_frames_that_are_decoded_as_they_come(tiny_world_model: Build, monkeypat
     at_the_end = model.rollout(clip(3), some_actions(3), generator=seeded(), **settings)
     monkeypatch.setattr(engine_module, "OVERLAPPING", ("cpu",))
     assert_same(at_the_end, model.rollout(clip(3), some_actions(3), generator=seeded(), **settings))
-    monkeypatch.setattr(engine_module, "free_memory", lambda _: int(2 / engine_module.SHARE))
-    monkeypatch.setattr(engine_module, "row_bytes", lambda *_: 1)
+    monkeypatch.setattr(engine_module, "rows_that_fit", lambda *_: 2)
     assert_same(at_the_end, model.rollout(clip(3), some_actions(3), generator=seeded(), **settings))
 
 
@@ -250,6 +248,61 @@ def test_changed_weights_are_noticed(tiny_world_model: Build) -> None:
     model.load_state_dict(other.state_dict())
     assert_same(other.rollout(clip(), some_actions(), **settings), model.rollout(clip(), some_actions(), **settings))
     assert not torch.equal(before.tokens, model.rollout(clip(), some_actions(), **settings).tokens)
+
+
+def test_weights_written_past_the_count_are_noticed(tiny_world_model: Build) -> None:
+    model = tiny_world_model()
+    before = model.rollout(clip(), horizon=2, temperature=0).tokens
+    model.transformer.lm_head.weight.data.mul_(-1.0)
+    assert not torch.equal(model.rollout(clip(), horizon=2, temperature=0).tokens, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(tiny_world_model: Build, dtype: torch.dtype) -> None:
+    model = tiny_world_model(ACTION_DIM, reward=True)
+    expected = model.rollout(clip(), some_actions(), generator=seeded())
+    context, actions = clip(), some_actions()
+    torch.set_default_dtype(dtype)
+    try:
+        out = model.rollout(context, actions, generator=seeded())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(expected, out)
+    assert out.video.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_models_of_other_dtypes(tiny_world_model: Build, dtype: torch.dtype) -> None:
+    model = tiny_world_model(ACTION_DIM, reward=True).to(dtype)
+    out = model.rollout(clip(), some_actions(), horizon=2, generator=seeded())
+    assert out.video.isfinite().all()
+    assert out.video.dtype == torch.float32
+
+
+def test_threads_do_not_switch_each_others_dropout_on(tiny_world_model: Build) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = tiny_world_model(ACTION_DIM)
+    for module in model.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.5
+    model.train()
+    settings: dict[str, Any] = {"horizon": 1, "temperature": 0}
+    expected = model.rollout(clip(), some_actions(), **settings).tokens
+    with ThreadPoolExecutor(4) as pool:
+        outs = list(pool.map(lambda _: model.rollout(clip(), some_actions(), **settings).tokens, range(40)))
+    assert all(torch.equal(out, expected) for out in outs)
+    assert all(module.training for module in model.modules())
+
+
+def test_an_unknown_layer_is_refused(tiny_world_model: Build) -> None:
+    class Adapter(torch.nn.Linear):
+        pass
+
+    model = tiny_world_model()
+    model.transformer.layers[0].self_attn.q_proj.__class__ = Adapter
+    with pytest.raises(ValueError, match="a layer is a Adapter: merge adapters"):
+        model.rollout(clip(), horizon=1)
 
 
 def test_a_model_that_rolled_out_is_freed(tiny_world_model: Build) -> None:
@@ -352,6 +405,10 @@ def bad(changes: dict[str, Any], message: str) -> Any:
         bad({"horizon": 26, "actions": some_actions(frames=40)}, "256 positions, which hold 25 future frames"),
         bad({"num_samples": 0}, "num_samples must be an integer >= 1, got 0"),
         bad({"temperature": -0.5}, "temperature.*-0.5"),
+        bad({"temperature": None}, "temperature.*None"),
+        bad({"speculation": True}, "speculation must be a Speculation or None, got True"),
+        bad({"generator": 5}, "generator must be a torch.Generator.*got 5"),
+        bad({"generator": [None, None]}, "holds torch.Generators, got None"),
         bad({"top_k": 0}, "top_k.*0"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 
 from ivideogpt.config import TransformerConfig
 from ivideogpt.rollout import memory
-from ivideogpt.rollout.memory import Span, free_memory, row_bytes, run_in_spans, spans
+from ivideogpt.rollout.memory import Span, clip_bytes, free_memory, row_bytes, rows_that_fit, run_in_spans, spans
 
 CPU = torch.device("cpu")
 
@@ -43,11 +43,24 @@ def test_the_allocators_words_on_a_cpu_are_understood() -> None:
 def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    7 kB\n")
     monkeypatch.setattr(memory, "HOST_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path)
     assert free_memory(CPU) == 7 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("3000\n")
+    assert free_memory(CPU) == 7 * 1024
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert free_memory(CPU) == 2000
     monkeypatch.setattr(memory, "HOST_MEMORY", tmp_path / "nothing")
     assert free_memory(CPU) is None
 
 
 def test_800_candidates_of_the_small_model_fit_on_a_24_gb_card() -> None:
-    one = row_bytes(TransformerConfig.preset("small"), own=170, shared=513, element_size=2)
-    assert 800 * one < memory.SHARE * 20 * 2**30
+    config = TransformerConfig.preset("small")
+    row, clip = row_bytes(config, own=170, shared=513), clip_bytes(config, shared=513)
+    assert rows_that_fit(int(memory.SHARE * 22 * 2**30), 800, row, clip) >= 800
+
+
+def test_rows_that_fit() -> None:
+    assert rows_that_fit(100, samples=2, row=5, clip=10) == 10  # five clips of 20
+    assert rows_that_fit(100, samples=50, row=5, clip=10) == 18  # a part of one clip's samples
+    assert rows_that_fit(1, samples=50, row=5, clip=10) == 1  # try, and let the device say it

@@ -43,7 +43,7 @@ def test_accuracy_of_every_precision(golden: Build, name: str) -> None:
     actions = recorded.tensors.get("actions")
     slot_actions = None if actions is None else model.layout.slot_actions(actions, 3)
     reports = compare_precisions(model.transformer, model.layout, tokens, slot_actions, num_frames=6)
-    assert {report.precision for report in reports} == set(available_precisions(CPU))
+    assert {report.precision for report in reports} == set(available_precisions(model.transformer))
     for report in reports:
         logit_error, worst_gap, kl = LIMITS[report.precision]
         assert report.logit_error <= logit_error, report
@@ -58,10 +58,10 @@ def test_accuracy_of_every_precision(golden: Build, name: str) -> None:
 def test_argmax_rollouts_of_the_golden_checkpoints(golden: Build, name: str, stored: str) -> None:
     import ivideogpt
 
-    if stored not in available_precisions(CPU):
-        pytest.skip(f"{stored} needs the compiled kernel: {why_unavailable()}")
     recorded = golden(name)
     model = ivideogpt.from_pretrained(recorded.folder)
+    if stored not in available_precisions(model.transformer):
+        pytest.skip(f"{stored} needs the compiled kernel: {why_unavailable()}")
     expected = recorded.tensors["greedy_tokens"]
     horizon = model.layout.num_frames(expected.shape[1]) - model.config.context_length
     context = recorded.video[:, : model.config.context_length]
@@ -112,13 +112,12 @@ def test_unknown_precision(tiny_world_model: Build) -> None:
 
 def test_what_needs_the_kernel_says_so(tiny_world_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "supported", lambda *_: "no compiler was found")
-    monkeypatch.setattr(choice, "load_kernel", lambda: None)
     model = tiny_world_model()
     for name in ("int8", "float16"):
         with pytest.raises(ValueError, match=f"'{name}' on cpu needs the compiled.*no compiler was found"):
             model.rollout(clip(), precision=name)
     assert model.rollout(clip(), horizon=1, precision="bfloat16").tokens.shape[0] == 2
-    assert available_precisions(CPU) == ("float32", "bfloat16")
+    assert available_precisions(model.transformer) == ("float32", "bfloat16")
 
 
 def test_a_decoder_is_made_once(tiny_world_model: Build) -> None:
@@ -128,3 +127,25 @@ def test_a_decoder_is_made_once(tiny_world_model: Build) -> None:
     with torch.no_grad():
         transformer.lm_head.weight.mul_(2.0)
     assert decoder_for(transformer) is not first
+
+
+def test_auto_where_the_kernel_does_not_know_the_model(tiny_config: Build) -> None:
+    from dataclasses import replace
+
+    from ivideogpt.world_model import WorldModel
+
+    config = tiny_config()
+    model = WorldModel(replace(config, transformer=replace(config.transformer, head_dim=24))).eval()
+    assert available_precisions(model.transformer) == ("float32", "bfloat16")
+    assert model.rollout(clip(), horizon=2, precision="auto").tokens.shape[0] == 2
+
+
+def test_auto_where_the_positions_hold_one_frame(tiny_config: Build) -> None:
+    from dataclasses import replace
+
+    from ivideogpt.world_model import WorldModel
+
+    config = tiny_config()
+    short = replace(config.transformer, max_positions=config.tokenizer.layout.context_span + 5)
+    model = WorldModel(replace(config, transformer=short)).eval()
+    assert model.rollout(clip(), horizon=1, precision="auto").tokens.shape[0] == 2

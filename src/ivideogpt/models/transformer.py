@@ -18,7 +18,7 @@ from ivideogpt.layout import IGNORE_INDEX
 
 
 class Cache(Protocol):
-    """Key/value cache as the transformer sees it (``ivideogpt.rollout.cache.KVCache`` is one)."""
+    """Key/value cache as the transformer sees it."""
 
     def update(self, layer: int, input_pos: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores keys and values (B, K, L, d) of positions ``input_pos`` (L,); returns those of 0..max(input_pos)."""

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ivideogpt.models.transformer import Transformer
-from ivideogpt.rollout.cpu import KernelDecoder, load_kernel, supported
+from ivideogpt.rollout.cpu import KernelDecoder, supported
 from ivideogpt.rollout.decoder import Decoder
 from ivideogpt.rollout.fused import DTYPES, TorchDecoder
 from ivideogpt.rollout.weights import weights_key
@@ -28,26 +28,30 @@ def own_precision(transformer: Transformer) -> str:
 def decoder_for(transformer: Transformer, precision: str | None = None) -> Decoder:
     """A decoder of the transformer's weights as they are now.
 
-    On a CPU it is the compiled kernel where one can be had, else torch operations.
+    On a CPU it is the compiled kernel where that can be had and knows the transformer, else torch operations.
 
     Args:
         transformer: whose weights are copied, unless a copy of these weights is at hand.
         precision: one of ``PRECISIONS``; None is the one that the weights are in.
 
     Raises:
-        ValueError: if the precision is unknown, or cannot be had on this machine.
+        ValueError: if the precision is unknown or cannot be had on this machine, or if a module of the transformer was
+            replaced by one that rollouts do not know.
     """
+    own = own_precision(transformer)
     if precision is None:
-        precision = own_precision(transformer)
-    if precision not in PRECISIONS:
+        precision = own
+    if precision not in (*PRECISIONS, own):
         raise ValueError(f"precision must be auto or one of {', '.join(PRECISIONS)}, got {precision!r}")
-    key = weights_key(transformer)
+    device = transformer.lm_head.weight.device
+    obstacle = supported(transformer, precision) if device.type == "cpu" else "it is for CPUs"
+    key = (obstacle, weights_key(transformer))
     with _lock:
         made = _made.setdefault(transformer, {})
-        for name in [name for name, (of, _) in made.items() if of != key]:
+        for name in [name for name, (of, _) in made.items() if of[1] != key[1]]:
             del made[name]
-        if precision not in made:
-            made[precision] = (key, _make(transformer, precision))
+        if precision not in made or made[precision][0] != key:
+            made[precision] = (key, _make(transformer, precision, device, obstacle))
         return made[precision][1]
 
 
@@ -57,12 +61,11 @@ def forget(transformer: Transformer, precision: str) -> None:
         _made.get(transformer, {}).pop(precision, None)
 
 
-def _make(transformer: Transformer, precision: str) -> Decoder:
-    device = transformer.lm_head.weight.device
-    obstacle = supported(transformer, precision) if device.type == "cpu" else "it is for CPUs"
+def _make(transformer: Transformer, precision: str, device: torch.device, obstacle: str | None) -> Decoder:
     if obstacle is None:
         return KernelDecoder(transformer, precision)
-    if precision == "int8" or (precision == "float16" and device.type == "cpu"):
+    slow = precision == "float16" and device.type == "cpu"
+    if precision == "int8" or (slow and own_precision(transformer) != "float16"):
         raise ValueError(
             f"precision {precision!r} on {device} needs the compiled CPU kernel, which cannot run here: {obstacle}; "
             "use float32 or bfloat16"
@@ -74,11 +77,8 @@ def _make(transformer: Transformer, precision: str) -> Decoder:
     return TorchDecoder(transformer, precision)
 
 
-def available_precisions(device: torch.device) -> tuple[str, ...]:
-    """What ``precision`` may be on ``device``."""
-    if device.type == "cpu":
-        library = load_kernel()
-        if library is None:
-            return ("float32", "bfloat16")
-        return tuple(name for name in PRECISIONS if name != "float16" or library.ivideogpt_has_float16())
-    return ("float32", "bfloat16", "float16")
+def available_precisions(transformer: Transformer) -> tuple[str, ...]:
+    """What ``precision`` may be for this transformer where it is."""
+    if transformer.lm_head.weight.device.type != "cpu":
+        return ("float32", "bfloat16", "float16")
+    return tuple(name for name in PRECISIONS if name in ("float32", "bfloat16") or supported(transformer, name) is None)

@@ -1,4 +1,4 @@
-"""Decoder: what runs the transformer in a rollout, and which one a machine gets.
+"""Decoder: what runs the transformer in a rollout; ``choice.py`` says which one a machine gets.
 
 A decoder owns a copy of the transformer's weights in the form and precision that it is fast with. The context of B
 clips goes through it once and becomes a *prefix*, which is never written again. Rows that continue from it are a

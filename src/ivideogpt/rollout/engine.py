@@ -6,6 +6,7 @@ frame, D embed_dim, A action size, L sequence length.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from ivideogpt.rollout.inputs import (
     check_num_samples,
     check_return_frames,
 )
-from ivideogpt.rollout.memory import SHARE, Span, free_memory, row_bytes, run_in_spans
+from ivideogpt.rollout.memory import SHARE, Span, clip_bytes, free_memory, row_bytes, rows_that_fit, run_in_spans
 from ivideogpt.rollout.overlap import FrameStream
 from ivideogpt.rollout.pixels import encode_context, pixel_decoder_for
 from ivideogpt.rollout.precision import resolve_precision
@@ -67,18 +68,35 @@ class Rollout:
         return self.frames
 
 
+_in_use: dict[nn.Module, int] = {}
+"""Modules that were put into eval mode, and by how many rollouts that are under way."""
+
+_modes = threading.Lock()
+
+
 @contextmanager
 def imagining(device: torch.device, *modules: nn.Module | None) -> Iterator[None]:
-    """Inference mode, no autocast, and eval mode for the modules while inside; each gets back the mode it had."""
-    training = [child for module in modules if module is not None for child in module.modules() if child.training]
-    for child in training:
-        child.training = False
+    """Inference mode, no autocast, and eval mode for the modules while inside.
+
+    Those that were in training mode get it back when the last thread that is inside leaves.
+    """
+    mine: list[nn.Module] = []
+    with _modes:
+        for child in (child for module in modules if module is not None for child in module.modules()):
+            if child.training or child in _in_use:
+                child.training = False
+                _in_use[child] = _in_use.get(child, 0) + 1
+                mine.append(child)
     try:
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for child in training:
-            child.training = True
+        with _modes:
+            for child in mine:
+                _in_use[child] -= 1
+                if not _in_use[child]:
+                    del _in_use[child]
+                    child.training = True
 
 
 def rollout(
@@ -127,8 +145,8 @@ def rollout(
             original's action-free generation does, and decoding ignores what stands at the slots.
         return_frames: ``"all"``, ``"last"`` or None: what is decoded to pixels.
         precision: of the transformer's weights: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"``, or
-            ``"auto"`` for the fastest that draws what float32 draws (:mod:`ivideogpt.rollout.precision`). None is the
-            precision that the weights are in.
+            ``"auto"`` for the fastest whose argmax ids are those of float32 (:mod:`ivideogpt.rollout.precision`). None
+            is the precision that the weights are in. Frames are decoded in float32 on a CPU, in bfloat16 on a GPU.
         dynamics_ids_only: draw a frame's tokens among the dynamics ids only. It is exact as long as the model gives
             no other id a chance.
         speculation: draw several tokens at a time.
@@ -162,7 +180,8 @@ def rollout(
         tokens = context_tokens.new_empty(total, layout.frame_stride * horizon)
         states = None
         if reward_head is not None:
-            states = torch.empty(total, horizon, transformer.config.embed_dim, device=device)
+            shape = (total, horizon, transformer.config.embed_dim)
+            states = torch.empty(shape, device=device, dtype=torch.float32)
         pixels = features = stream = None
         if return_frames is not None:
             pixels = pixel_decoder_for(tokenizer)
@@ -190,10 +209,12 @@ def rollout(
             if states is not None and hidden is not None:
                 states[rows] = hidden
 
-        own = layout.frame_stride * horizon
+        sizes = transformer.config, layout.frame_stride * horizon, layout.context_span
         memory = free_memory(device)
-        one = row_bytes(transformer.config, own, layout.context_span, 2 if precision == "bfloat16" else 4)
-        run_in_spans(batch, num_samples, None if memory is None else int(memory * SHARE) // one, run)
+        rows = None
+        if memory is not None:
+            rows = rows_that_fit(int(memory * SHARE), num_samples, row_bytes(*sizes), clip_bytes(*sizes[::2]))
+        run_in_spans(batch, num_samples, rows, run)
         prefixes.clear()
 
         rewards = None if reward_head is None or states is None else reward_head.predict(states)

@@ -33,6 +33,10 @@ class Drawing:
     dynamics_ids_only: bool = False
     speculation: Speculation | None = None
 
+    def __post_init__(self) -> None:
+        if self.speculation is not None and not isinstance(self.speculation, Speculation):
+            raise ValueError(f"speculation must be a Speculation or None, got {self.speculation!r}")
+
     def frame_sampling(self, layout: TokenLayout) -> Sampling:
         """Sampling of a token inside a frame."""
         if not self.dynamics_ids_only:

@@ -21,7 +21,9 @@ from ivideogpt.rollout.sampling import Sampling, sample_token
 AttentionFunction = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Output (R, H, L, d) of a layer's attention, from its index, query (R, H, L, d), key and value (R, K, L, d)."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ def fuse(layer: nn.Module, dtype: torch.dtype) -> FusedLayer:
     assert isinstance(attention, Attention) and isinstance(mlp, SwiGLU)
 
     def stacked(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        for linear in linears:
+            if type(linear) is not nn.Linear:
+                raise ValueError(
+                    f"rollouts know nn.Linear, a layer is a {type(linear).__name__}: merge adapters into the weights"
+                )
         weight = torch.cat([linear.weight.detach() for linear in linears]).to(dtype)
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         return weight, torch.cat(biases).to(dtype) if biases else None
@@ -115,7 +122,11 @@ class TorchDecoder:
 
     Args:
         transformer: whose weights are copied.
-        precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Softmax, norms and logits are float32 in each.
+        precision: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"float64"``. Softmax, norms and logits are float32
+            in each.
+
+    Raises:
+        ValueError: if a linear layer was replaced by something else, whose weights alone do not tell what it computes.
     """
 
     def __init__(self, transformer: Transformer, precision: str) -> None:

@@ -29,6 +29,9 @@ from ivideogpt.rollout.sampling import Sampling, sample_token
 IDLE_WORKSPACES = 2
 """Workspaces without branches that are kept for prefixes to come."""
 
+FRAMES = 20
+"""Captured ways of drawing that a workspace keeps: lengths of what is fed, settings of the sampling."""
+
 WARM_UP_RUNS = 2
 """Runs in front of a capture, which let libraries allocate what they do not allocate again."""
 
@@ -77,6 +80,8 @@ class Workspace:
         prefix: which one's copy ``cache`` holds, None if nothing yet.
         branches: that use it.
         resident: whose own positions are in ``cache``.
+        frames: captured ways of drawing; the one that was used last is the last.
+        used: behind the latest work in the buffers.
     """
 
     cache: KVCache
@@ -85,14 +90,29 @@ class Workspace:
     branches: WeakSet[GraphBranch] = field(default_factory=WeakSet)
     resident: ReferenceType[GraphBranch] | None = None
     frames: dict[Any, Frame] = field(default_factory=dict)
+    used: Any = None
     lock: Any = field(default_factory=threading.RLock)
 
     def take(self, prefix: Prefix) -> None:
         """Makes ``prefix`` the one that the buffers hold; no branch of another may be left."""
         if not self.holds(prefix):
+            self.wait()
             self.cache.prefix.keys.copy_(prefix.keys)
             self.cache.prefix.values.copy_(prefix.values)
+            self.cache.keys.zero_()  # a masked position is still multiplied: what is not finite must not stay
+            self.cache.values.zero_()
             self.prefix, self.resident = ref(prefix), None
+
+    def wait(self) -> None:
+        """The current stream waits for what was run in these buffers, maybe on another one."""
+        if self.used is not None:
+            torch.cuda.current_stream().wait_event(self.used)
+
+    def mark(self) -> None:
+        """Notes that the current stream is using the buffers."""
+        if self.start.device.type == "cuda":
+            self.used = torch.cuda.Event()
+            self.used.record()
 
     def holds(self, prefix: Prefix) -> bool:
         """Whether the buffers hold ``prefix``."""
@@ -190,18 +210,23 @@ class GraphDecoder(TorchDecoder):
         grows = lead.shape[1] + max(uniforms.shape[1] - 1, 0)
         assert branch.length + grows <= branch.capacity, f"no room for {grows} positions behind {branch.length}"
         with workspace.lock:
+            workspace.wait()
             workspace.admit(branch)
             workspace.start.fill_(branch.length)
             key = (lead.shape[1], uniforms.shape[1], None if actions is None else action_at, sampling)
-            if key not in workspace.frames:
-                workspace.frames[key] = self._frame(workspace, lead, actions, uniforms, sampling, action_at)
-            frame = workspace.frames[key]
+            frame = workspace.frames.pop(key, None)
+            if frame is None:
+                while len(workspace.frames) >= FRAMES:
+                    del workspace.frames[next(iter(workspace.frames))]
+                frame = self._frame(workspace, lead, actions, uniforms, sampling, action_at)
+            workspace.frames[key] = frame
             frame.lead.copy_(lead)
             frame.uniforms.copy_(uniforms)
             if frame.actions is not None and actions is not None:
                 frame.actions.copy_(actions)
             frame.run()
             hidden, tokens = (output.clone() for output in frame.outputs)
+            workspace.mark()
         branch.length += grows
         return hidden, tokens
 

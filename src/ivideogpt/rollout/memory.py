@@ -18,6 +18,7 @@ SHARE = 0.5
 """Part of the free memory that the rows' own positions may fill: the rest is for the frames and the allocator."""
 
 HOST_MEMORY = Path("/proc/meminfo")
+CONTAINER = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -64,23 +65,44 @@ def free_memory(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu" or not HOST_MEMORY.exists():
         return None
-    available = next(line for line in HOST_MEMORY.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(available.split()[1]) * 1024
+    line = next(line for line in HOST_MEMORY.read_text().splitlines() if line.startswith("MemAvailable"))
+    available = int(line.split()[1]) * 1024
+    try:  # a container may have less than the machine
+        limit, used = (int((CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # none, or "max"
+        return available
+    return max(0, min(available, limit - used))
 
 
-def row_bytes(config: TransformerConfig, own: int, shared: int, element_size: int) -> int:
-    """Bytes of one row: its keys and values, the scores of a layer, and the logits with what sampling makes of them.
+def row_bytes(config: TransformerConfig, own: int, shared: int) -> int:
+    """Bytes of one row in float32: its keys and values, a layer's scores, and the logits with what is made of them.
 
     Args:
         config: of the transformer.
         own: positions of the row.
         shared: positions of the prefix.
-        element_size: bytes of a key's element.
     """
-    assert config.num_kv_heads is not None and config.head_dim is not None
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * own * element_size
     scores = 2 * 4 * config.num_heads * 3 * (own + shared)
-    return cache + scores + 4 * 6 * config.vocab_size + 4 * 4 * (config.embed_dim + config.mlp_dim)
+    return _cache_bytes(config, own) + scores + 4 * 6 * config.vocab_size + 4 * 4 * (config.embed_dim + config.mlp_dim)
+
+
+def clip_bytes(config: TransformerConfig, shared: int) -> int:
+    """Bytes of one clip in float32 while its context of ``shared`` positions is put through the transformer.
+
+    The prefix, what the layers gave of it before it is put together, and one layer's activations.
+    """
+    return 4 * _cache_bytes(config, shared) + 4 * shared * (8 * config.embed_dim + 3 * config.mlp_dim)
+
+
+def _cache_bytes(config: TransformerConfig, positions: int) -> int:
+    assert config.num_kv_heads is not None and config.head_dim is not None
+    return 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim * positions
+
+
+def rows_that_fit(budget: int, samples: int, row: int, clip: int) -> int:
+    """Rows that run at once: as many clips with all their samples as fit, or as many samples of one clip."""
+    clips = budget // (clip + samples * row)
+    return clips * samples if clips else max(1, (budget - clip) // row)
 
 
 def spans(clips: int, samples: int, rows: int) -> list[Span]:

@@ -36,7 +36,7 @@ class FrameStream:
         self._pixels, self._context, self._layout = pixels, context, layout
         config = pixels.config
         shape = (context.clips * samples, horizon, config.out_channels, config.resolution, config.resolution)
-        self._frames = torch.empty(shape, device=pixels.device)
+        self._frames = torch.empty(shape, device=pixels.device, dtype=torch.float32)
         self._stream = torch.cuda.Stream(pixels.device) if pixels.device.type == "cuda" else None
 
     def take(self, span: Span, rows: Tensor, index: int, tokens: Tensor) -> None:
@@ -45,7 +45,7 @@ class FrameStream:
         beside: AbstractContextManager[Any] = nullcontext()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-            for used in (indices, rows):
+            for used in (indices, rows, self._frames):
                 used.record_stream(self._stream)  # their memory is not given to others before this stream is done
             beside = torch.cuda.stream(self._stream)
         with beside:

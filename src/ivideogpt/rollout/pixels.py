@@ -176,7 +176,7 @@ class PixelDecoder:
 
         def run(at_once: int) -> Tensor:
             shape = (clips, frames, config.out_channels, config.resolution, config.resolution)
-            video = torch.empty(shape, device=self.device)
+            video = torch.empty(shape, device=self.device, dtype=torch.float32)
             frame_step = min(max(1, frames), at_once)
             clip_step = max(1, at_once // frame_step)
             for start in range(0, clips, clip_step):

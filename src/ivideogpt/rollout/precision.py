@@ -17,14 +17,14 @@ from torch import Tensor
 from ivideogpt.layout import TokenLayout
 from ivideogpt.models.transformer import Transformer
 from ivideogpt.rollout.choice import available_precisions, decoder_for, forget
-from ivideogpt.rollout.decoder import Decoder
+from ivideogpt.rollout.decoder import Branch, Decoder
 from ivideogpt.rollout.frame import Drawing, FrameState, next_frame
 from ivideogpt.rollout.sampling import Sampling
 
 TIE = 1e-3
 """Two logits that are closer than this count as a tie: either id may be called the likeliest."""
 
-_chosen: WeakKeyDictionary[Transformer, str] = WeakKeyDictionary()
+_chosen: WeakKeyDictionary[Transformer, dict[str, str]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -58,7 +58,7 @@ def compare_precisions(
     context_tokens: Tensor,
     slot_actions: Tensor | None = None,
     precisions: tuple[str, ...] | None = None,
-    num_frames: int = 2,
+    num_frames: int = 6,
     repeats: int = 3,
 ) -> list[PrecisionReport]:
     """Measures precisions on an argmax rollout of float32; run in inference mode.
@@ -69,10 +69,11 @@ def compare_precisions(
         context_tokens: (B, P).
         slot_actions: (B, F, A), normalised; the frames take theirs from it in turn.
         precisions: names; None for all that this machine has.
-        num_frames: frames that are compared.
+        num_frames: frames that are compared, or as many as the positions hold.
         repeats: of the timing.
     """
     device = context_tokens.device
+    num_frames = min(num_frames, layout.max_horizon(transformer.config.max_positions))
     batch = len(context_tokens)
     greedy = Drawing(Sampling(temperature=0.0))
     blank = torch.zeros(batch, layout.dynamics_tokens_per_frame, device=device)
@@ -81,9 +82,9 @@ def compare_precisions(
     def action(index: int) -> Tensor | None:
         return None if slot_actions is None else slot_actions[:, index % slot_actions.shape[1]]
 
-    def logits(decoder: Decoder, tokens: Tensor) -> Tensor:
+    def logits(decoder: Decoder, branch: Branch, tokens: Tensor) -> Tensor:
         """(B, F, n, V) of the frames ``tokens`` (B, F, n + 1), teacher-forced."""
-        branch = decoder.branch(decoder.prefill(context_tokens), 1, capacity)
+        branch.length = 0
         hidden = [decoder.feed(branch, tokens[:, 0, :1], action(0))]
         for index in range(num_frames):
             inner = tokens[:, index, 1:]
@@ -95,8 +96,7 @@ def compare_precisions(
         states = torch.cat(hidden, dim=1).unflatten(1, (num_frames, layout.frame_stride))
         return decoder.logits(states[:, :, :-1], greedy.sampling)
 
-    def seconds(decoder: Decoder) -> float:
-        branch = decoder.branch(decoder.prefill(context_tokens), 1, capacity)
+    def seconds(decoder: Decoder, branch: Branch) -> float:
         times = []
         for _ in range(repeats + 1):
             _wait(device)
@@ -114,17 +114,18 @@ def compare_precisions(
         state = frame.state
         drawn.append(frame.tokens)
     tokens = torch.stack(drawn, dim=1)
-    wanted = logits(reference, tokens)
+    wanted = logits(reference, branch, tokens)
     reports = []
-    for precision in precisions or available_precisions(device):
+    for precision in precisions or available_precisions(transformer):
         decoder = decoder_for(transformer, precision)
-        found = logits(decoder, tokens)
+        branch = decoder.branch(decoder.prefill(context_tokens), 1, capacity)
+        found = logits(decoder, branch, tokens)
         log_p, log_q = wanted.log_softmax(-1), found.log_softmax(-1)
         likeliest = wanted.gather(-1, found.argmax(-1, keepdim=True))
         reports.append(
             PrecisionReport(
                 precision=precision,
-                seconds_per_frame=seconds(decoder),
+                seconds_per_frame=seconds(decoder, branch),
                 kl=float((log_p.exp() * (log_p - log_q)).sum(-1).mean().clamp_min(0)),
                 logit_error=float((wanted - found).abs().max()),
                 worst_gap=float((wanted.amax(-1, keepdim=True) - likeliest).max()),
@@ -140,23 +141,27 @@ def resolve_precision(
     context_tokens: Tensor,
     slot_actions: Tensor | None = None,
 ) -> str | None:
-    """``precision``, with ``"auto"`` replaced by the fastest that agrees with float32 on this machine.
+    """``precision``, with ``"auto"`` replaced by the fastest on this machine whose argmax ids are those of float32.
 
-    That is measured once for a transformer, on the first context that it is asked with, which takes a few seconds
-    for a model of full size; training the model further does not measure it again.
+    Up to ties, that is, and on some frames that follow the first context it is asked with: a probe, not a proof, which
+    takes some seconds for a model of full size. It is done once for a transformer on a device; training the model
+    further does not repeat it. Sampled tokens may differ from those of float32 where a draw falls between two.
     """
     if precision != "auto":
         return precision
+    device = str(context_tokens.device)
     with _lock:
-        if transformer not in _chosen:
+        chosen = _chosen.setdefault(transformer, {})
+        if device not in chosen:
             one_action = None if slot_actions is None else slot_actions[:1]
             reports = compare_precisions(transformer, layout, context_tokens[:1], one_action)
-            best = min((report for report in reports if report.agrees), key=lambda report: report.seconds_per_frame)
-            _chosen[transformer] = best.precision
+            agreeing = [report for report in reports if report.agrees]  # none of weights that are not finite
+            best = min(agreeing, key=lambda report: report.seconds_per_frame, default=reports[0])
+            chosen[device] = best.precision
             for report in reports:
                 if report.precision != best.precision:
                     forget(transformer, report.precision)
-        return _chosen[transformer]
+        return chosen[device]
 
 
 def _wait(device: torch.device) -> None:

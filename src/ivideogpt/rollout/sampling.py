@@ -7,6 +7,7 @@ or on whether tokens are found one by one or several at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ def check_sampling(temperature: float, top_k: int | None) -> None:
     Raises:
         ValueError: if ``temperature`` is negative or not finite, or ``top_k`` below 1.
     """
-    if not 0.0 <= temperature < float("inf"):
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0.0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a finite number >= 0 (0 is argmax), got {temperature!r}")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k must be an integer >= 1, or None for the whole vocabulary, got {top_k!r}")
@@ -85,8 +86,8 @@ def sample_token(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor
 def draw_uniforms(generator: Generators, rows: int, count: int, device: torch.device) -> Tensor:
     """Uniform numbers (rows, count) in [0, 1) from one stream, or each row's from its own."""
     if isinstance(generator, Sequence):
-        return torch.stack([torch.rand(count, generator=one, device=device) for one in generator])
-    return torch.rand(rows, count, generator=generator, device=device)
+        return torch.stack([torch.rand(count, generator=one, device=device, dtype=torch.float32) for one in generator])
+    return torch.rand(rows, count, generator=generator, device=device, dtype=torch.float32)
 
 
 def copy_generator(
@@ -130,7 +131,11 @@ def check_generator(generator: Generators, device: torch.device, rows: int = 1) 
         if len(generator) != rows:
             raise ValueError(f"a list of generators needs one for each of the {rows} rows, got {len(generator)}")
         for one in generator:
+            if one is None or isinstance(one, Sequence):
+                raise ValueError(f"a list of generators holds torch.Generators, got {one!r} in it")
             check_generator(one, device)
+    elif not hasattr(generator, "device"):
+        raise ValueError(f"generator must be a torch.Generator, a list of them or None, got {generator!r}")
     elif generator.device.type != device.type:
         raise ValueError(
             f"the generator lives on {generator.device}, the model on {device}: "

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from ivideogpt.models.reward_head import RewardHead
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer
 from ivideogpt.rollout.choice import decoder_for
-from ivideogpt.rollout.decoder import Branch, Decoder
+from ivideogpt.rollout.decoder import Decoder
 from ivideogpt.rollout.engine import imagining
 from ivideogpt.rollout.frame import Drawing, FrameState, feed_unfed, next_frame
 from ivideogpt.rollout.inputs import check_actions, check_anchor_every, check_context_frames
@@ -59,7 +60,7 @@ class _Segment:
     pixels: PixelDecoder
     context_tokens: Tensor
     features: ContextFeatures
-    branch: Branch
+    branch: Any  # what the decoder gave; None in a closed session
     steps: list[_Step] = field(default_factory=list)
 
     def state(self) -> FrameState:
@@ -68,9 +69,7 @@ class _Segment:
 
     def fork(self) -> _Segment:
         """An independent segment from here on; context and past steps are shared: nobody changes them."""
-        return _Segment(
-            self.decoder, self.pixels, self.context_tokens, self.features, self.branch.fork(), list(self.steps)
-        )
+        return replace(self, branch=self.branch.fork(), steps=list(self.steps))
 
 
 class Session:
@@ -135,7 +134,7 @@ class Session:
         self._segment_steps = check_anchor_every(anchor_every, longest, transformer)
         self._precision = precision
         self._taken = 0
-        self._record: tuple[Tensor, Tensor, Tensor | None] | None = None  # what a closed session still shows
+        self._closed = False
         with imagining(self._device, tokenizer, transformer):
             self._segments = [self._segment(context_frames)]
 
@@ -225,7 +224,8 @@ class Session:
         branch = copy.copy(self)
         branch._generator = copy_generator(self._generator, self._device, self._batch)
         with torch.inference_mode():
-            branch._segments = [*segments[:-1], segments[-1].fork()]
+            # the ones before are copied as a frame around what is shared: closing one session leaves the other's alone
+            branch._segments = [*(replace(segment) for segment in segments[:-1]), segments[-1].fork()]
         return branch
 
     def rewind(self, steps: int = 1) -> None:
@@ -257,18 +257,18 @@ class Session:
 
     def close(self) -> None:
         """Frees the cache; frames, tokens and rewards stay readable. Closing twice is fine."""
-        if not self.closed:
-            self._record = (self.frames, self.tokens, self.rewards)
-            self._segments = []
+        self._closed = True
+        for segment in self._segments:
+            segment.branch = None
 
     @property
     def closed(self) -> bool:
-        return not self._segments
+        return self._closed
 
     @property
     def precision(self) -> str:
         """Precision of the transformer's weights in this session."""
-        return self._open_segments()[-1].decoder.precision
+        return self._segments[-1].decoder.precision
 
     @property
     def steps(self) -> int:
@@ -283,18 +283,14 @@ class Session:
     @property
     def frames(self) -> Tensor:
         """Video (B, t0 + kept steps, C, H, W) in [0, 1]: the oldest kept context, reconstructed, and what followed."""
-        if self._record is not None:
-            return self._record[0].clone()
-        segments = self._open_segments()
+        segments = self._segments
         steps = [self._frame(segment, step)[:, None] for segment in segments for step in segment.steps]
         return torch.cat([segments[0].features.frames, *steps], dim=1)
 
     @property
     def tokens(self) -> Tensor:
         """Tokens (B, L) of the latest context and of the steps since."""
-        if self._record is not None:
-            return self._record[1].clone()
-        segment = self._open_segments()[-1]
+        segment = self._segments[-1]
         return torch.cat([segment.context_tokens, *(step.tokens for step in segment.steps)], dim=1)
 
     @property
@@ -302,9 +298,7 @@ class Session:
         """Rewards (B, kept steps), None without a reward head."""
         if self._reward_head is None:
             return None
-        if self._record is not None and self._record[2] is not None:
-            return self._record[2].clone()
-        steps = [step for segment in self._open_segments() for step in segment.steps]
+        steps = [step for segment in self._segments for step in segment.steps]
         rewards = [step.reward for step in steps if step.reward is not None]
         return torch.stack(rewards, dim=1) if rewards else torch.zeros(self._batch, 0, device=self._device)
 
@@ -317,6 +311,6 @@ class Session:
         self.close()
 
     def _open_segments(self) -> list[_Segment]:
-        if not self._segments:
+        if self._closed:
             raise ValueError("this session is closed: start another one")
         return self._segments

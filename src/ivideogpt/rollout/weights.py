@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 
 def weights_key(module: nn.Module) -> tuple[object, ...]:
-    """A key that changes when a parameter or buffer of ``module`` is replaced or written to, and reads no weights.
+    """A key that changes when a parameter or buffer of ``module`` is replaced or written to.
 
-    Tensors that were made in inference mode keep no count of what was written to them; of those, sums over the values
-    stand in the key, so they are read each time.
+    Writes through ``.data`` are not counted by torch: on a CPU the first and the last value of each tensor stand in the
+    key too, so that an average of weights that is written that way is noticed; on a GPU, where reading them would wait
+    for the device, it is not. Tensors that were made in inference mode keep no count at all; of those, sums over the
+    values stand in the key, so they are read each time.
     """
     return tuple(
         (name, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.device, _version(tensor))
@@ -22,7 +24,14 @@ def weights_key(module: nn.Module) -> tuple[object, ...]:
 
 def _version(tensor: Tensor) -> object:
     if not tensor.is_inference():
-        return tensor._version
+        return tensor._version, _ends(tensor)
     with torch.inference_mode():
         values = tensor.double()
         return values.sum().item(), values.square().sum().item()
+
+
+def _ends(tensor: Tensor) -> object:
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return None
+    detached = tensor.detach()
+    return detached[(0,) * tensor.ndim].item(), detached[(-1,) * tensor.ndim].item()

@@ -22,6 +22,7 @@ import tempfile
 import threading
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ def load_kernel() -> ctypes.CDLL | None:
         if not _loaded:
             try:
                 _loaded.append(_load())
-            except (KernelUnavailableError, OSError, subprocess.SubprocessError) as error:
+            except (KernelUnavailableError, OSError, RuntimeError, subprocess.SubprocessError) as error:
                 _loaded.append(str(error))
         return None if isinstance(_loaded[0], str) else _loaded[0]
 
@@ -71,7 +72,7 @@ def _load() -> ctypes.CDLL:
     for compiler in _compilers():
         try:
             return _load_with(compiler)
-        except (KernelUnavailableError, OSError, subprocess.SubprocessError) as error:
+        except (KernelUnavailableError, OSError, RuntimeError, subprocess.SubprocessError) as error:
             reasons.append(f"{shlex.join(compiler)}: {error}")
     raise KernelUnavailableError("; ".join(reasons) or "no C++ compiler found: install g++, or name one in $CXX")
 
@@ -201,12 +202,13 @@ def _open(path: Path) -> ctypes.CDLL:
 
 def _check_product(library: ctypes.CDLL, precision: str) -> None:
     rows, inputs, outputs = 3, 160, 70
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(outputs, inputs, generator=generator)
-    x = torch.randn(rows, inputs, generator=generator)
-    packed = torch.empty(packing.packed_bytes(outputs, inputs, precision), dtype=torch.uint8)
+    generator = torch.Generator("cpu").manual_seed(0)
+    kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    weight = torch.randn(outputs, inputs, generator=generator, **kind)
+    x = torch.randn(rows, inputs, generator=generator, **kind)
+    packed = torch.empty(packing.packed_bytes(outputs, inputs, precision), dtype=torch.uint8, device="cpu")
     matrix = packing.pack(library, weight, precision, packed)
-    out = torch.full((rows, outputs), float("nan"))
+    out = torch.full((rows, outputs), float("nan"), **kind)
     library.ivideogpt_product(
         ctypes.byref(matrix), x.data_ptr(), rows, 0, outputs - 1, out.data_ptr(), torch.get_num_threads()
     )

@@ -166,6 +166,9 @@ class KernelDecoder:
     def branch(self, prefix: KernelPrefix, samples: int, capacity: int) -> KernelBranch:
         """An empty branch of B * ``samples`` rows with room for ``capacity`` own positions."""
         assert samples >= 1 and capacity >= 0
+        longest = self._config.max_positions
+        if prefix.length + capacity > longest:  # the kernel reads a row of the rope table for each of them
+            raise ValueError(f"{prefix.length} + {capacity} positions are beyond the transformer's {longest}")
         rows, room = prefix.clips * samples, max(packing.whole(capacity, packing.KEYS), packing.KEYS)
         own = slice(prefix.length, prefix.length + room)
         rope = self._rope[0][own], self._rope[1][own]
@@ -181,7 +184,7 @@ class KernelDecoder:
         """Logits (..., V) float32 of the ids that ``sampling`` allows, from ``hidden`` (..., D)."""
         first, last = self._ids(sampling)
         rows = hidden.detach().float().contiguous().view(-1, self._model.dim)
-        out = torch.empty(*hidden.shape[:-1], last - first + 1)
+        out = torch.empty(*hidden.shape[:-1], last - first + 1, dtype=torch.float32, device="cpu")
         self._library.ivideogpt_product(
             ctypes.byref(self._model.head), rows.data_ptr(), len(rows), first, last, out.data_ptr(),
             torch.get_num_threads(),
@@ -197,7 +200,7 @@ class KernelDecoder:
         assert branch.length + lead.shape[1] + count - 1 <= branch.capacity, "the branch is full"
         first, last = self._ids(sampling)
         uniforms = uniforms.float().contiguous()
-        tokens = torch.empty(branch.rows, count, dtype=torch.int64)
+        tokens = torch.empty(branch.rows, count, dtype=torch.int64, device="cpu")
         draws = packing.Draws(
             uniforms.data_ptr(), tokens.data_ptr(), count, first, last, sampling.top_k or 0, sampling.temperature,
             sampling.greedy,
@@ -215,7 +218,7 @@ class KernelDecoder:
         assert branch.length >= 0 and branch.length + count <= branch.capacity, "the branch is full"
         tokens = tokens.contiguous()
         added = self._embed_actions(actions, rows) if actions is not None else None
-        hidden = torch.empty(rows, count, self._model.dim)
+        hidden = torch.empty(rows, count, self._model.dim, dtype=torch.float32, device="cpu")
         status = self._library.ivideogpt_forward(
             ctypes.byref(self._model), ctypes.byref(branch.positions()), tokens.data_ptr(), count,
             None if added is None else added.data_ptr(), action_at % count,

@@ -149,8 +149,8 @@ def value_chunk(head_dim: int) -> int:
 def empty_bytes(count: int, library: ctypes.CDLL) -> Tensor:
     """``count`` bytes that are not written yet, in large pages where there are enough of them."""
     if count < 4 * _LARGE_PAGE:
-        return torch.empty(count + 64, dtype=torch.uint8).narrow(0, 0, count)
-    memory = torch.empty(whole(count, _LARGE_PAGE) + _LARGE_PAGE, dtype=torch.uint8)
+        return torch.empty(count + 64, dtype=torch.uint8, device="cpu").narrow(0, 0, count)
+    memory = torch.empty(whole(count, _LARGE_PAGE) + _LARGE_PAGE, dtype=torch.uint8, device="cpu")
     start = -memory.data_ptr() % _LARGE_PAGE
     library.ivideogpt_large_pages(c_void_p(memory.data_ptr() + start), c_int64(whole(count, _LARGE_PAGE)))
     return memory.narrow(0, start, count)

@@ -58,7 +58,7 @@ def norm_coefficients(norm: nn.GroupNorm, x: Tensor) -> Coefficients:
     """What ``norm`` does to ``x`` (B, C, H, W) channel by channel."""
     batch, channels, height, width = x.shape
     x = _image(x)
-    scale, shift = torch.empty(batch, channels), torch.empty(batch, channels)
+    scale, shift = x.new_empty(batch, channels), x.new_empty(batch, channels)
     _kernels().ivideogpt_norm_coefficients(
         *map(_pointer, (x, norm.weight, norm.bias, scale, shift)),
         *_sizes(batch, height * width, channels, norm.num_groups),
