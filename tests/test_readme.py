@@ -100,10 +100,12 @@ def test_the_extras_exist() -> None:
 
 
 def test_the_python_prints_what_it_says(nano: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (code,), (output,) = blocks("python"), blocks("text")
+    (code, *others), (output,) = blocks("python"), blocks("text")
     assert len([line for line in code.splitlines() if line]) <= 12
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out == output
+    for code in others:
+        exec(compile(code, "README.md", "exec"), {})
 
 
 def test_the_table_of_commands_is_complete() -> None:

@@ -7,8 +7,8 @@ A folder holds `features.json`, `dataset_info.json` and TFRecord files with one 
     actions       every number under `steps/action`, sorted by key path (part by part), each array row-major; the
                   names of the columns are the metadata's `action_names`, such as `base/mode[1]`, beside `action_rule`
     rewards       `steps/reward`. RLDS gives step t the reward of the action taken there, so it moves down by one; but
-                  where the first is 0 and the last is not, it was written on arrival (as Open X-Embodiment's
-                  converters do) and stays. `reward_follows_action` decides otherwise. The metadata hold the rule and,
+                  where the first is 0 and the last is not, as in a sparse reward of success that was written on
+                  arrival, it stays. `reward_follows_action` decides otherwise. The metadata hold the rule and,
                   where the move pushed one out that is not 0, `last_reward`
     terminations  `steps/is_terminal`, or `steps/discount` = 0 where there is none
     metadata      texts of the steps (one if all are the same), texts and numbers of the episode, the numbers of the
