@@ -239,6 +239,9 @@ class _CachedClip:
         # a whole number of frames of room: attention over a static cache looks at all of it
         capacity = layout.context_span + layout.frame_stride * horizon
         self.cache = StaticCache(config=baseline.llama.config, max_cache_len=capacity)
+        # transformers renamed it within its fifth version
+        newer = "cache" in inspect.signature(baseline.llama.model.forward).parameters
+        self.cache_argument = "cache" if newer else "past_key_values"
         self.positions = torch.arange(capacity, device=prompt.device)[None]
         self.length = 0
         self.slot = prompt[:, -1:]
@@ -250,8 +253,8 @@ class _CachedClip:
         out = llama.model(
             inputs_embeds=embeddings.to(llama.dtype),
             position_ids=self.positions[:, self.length : end],
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_argument: self.cache},
         )
         self.length = end
         return out.last_hidden_state[:, -1]

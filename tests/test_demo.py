@@ -75,6 +75,7 @@ def interrupt(words: list[str], folder: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     record = folder / "demo" / "training" / "transformer" / "stage.json"
     deadline = time.monotonic() + 200
