@@ -37,6 +37,31 @@ def test_tiled_convolution(kind: int) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("kind", [4, 2, 0])
+@torch.no_grad()
+def test_products_of_bfloat16(kind: int) -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(48, 32, 3, padding=1), torch.randn(2, 48, 8, 16)
+    residual = torch.randn(2, 32, 16 if kind == 0 else 8, 32 if kind == 0 else 16)
+    exact = winograd.TiledConvolution(conv, kind)(x, residual=residual)
+    found = winograd.TiledConvolution(conv, kind, torch.bfloat16)(x, residual=residual)
+    assert found.dtype == torch.float32
+    error = (found - exact).norm() / (exact - residual).norm()
+    assert 1e-4 < error < 2e-2  # other numbers, and eight bits of them
+
+
+@needs_kernels
+def test_rounding_to_bfloat16_is_torchs() -> None:
+    x = torch.randn(1, 8, 8, 16)
+    x[0, 0, 0, :6] = torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, 3e38, -1e-38])  # ties, and near the ends
+    products = torch.empty(9, 64, 16, dtype=torch.bfloat16)
+    winograd._kernels().ivideogpt_transform(
+        0, 1, *map(winograd._pointer, (x, None, None, products)), *winograd._sizes(1, 8, 8, 16), 1
+    )
+    assert torch.equal(products[4], x.view(64, 16).bfloat16())  # the product in the middle is of the pixels themselves
+
+
+@needs_kernels
 @torch.no_grad()
 def test_silu_of_extreme_values() -> None:
     conv = nn.Conv2d(16, 16, 3, padding=1)

@@ -2,7 +2,7 @@
 
 What a clip's future frames need of its context is computed once, and shared by all of its samples: the keys and values
 of every cross-attention. Decoding a frame then is that frame's work only, in the form that the machine is fast
-with: tiled convolutions of float32 on a CPU (see ``cpu/winograd.py``), bf16, channels last and CUDA graphs on a GPU.
+with: tiled convolutions on a CPU (see ``cpu/winograd.py``), bf16, channels last and CUDA graphs on a GPU.
 
 B clips, t0 context frames, M frames of a clip (of one future or of several), N and n tokens of a context and a future
 frame, C channels, H x W pixels.
@@ -99,6 +99,7 @@ class PixelDecoder:
         compile: decode with ``torch.compile``, which takes its time at each new shape, in place of the tiled
             convolutions.
         graphs: capture CUDA graphs on a GPU: of a shape of batch that comes a second time.
+        products: what tiled convolutions multiply, float32 or bfloat16; features are float32 all the same.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class PixelDecoder:
         dtype: torch.dtype | None = None,
         compile: bool = False,  # noqa: A002
         graphs: bool = True,
+        products: torch.dtype = torch.float32,
     ) -> None:
         self.device = tokenizer.post_quant_linear.weight.device
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
@@ -126,8 +128,8 @@ class PixelDecoder:
             self.tiled = self.tiled and why_unavailable() is None
             if self.tiled:
                 grid_size = self.config.grid_size
-                self._to_context_frames = winograd.use_tiles(self._context, grid_size)
-                self._to_future_frames = winograd.use_tiles(self._future, grid_size)
+                self._to_context_frames = winograd.use_tiles(self._context, grid_size, products)
+                self._to_future_frames = winograd.use_tiles(self._future, grid_size, products)
         self._run: Callable[[Tensor, tuple[KeysValues, ...]], Tensor] = self._decode
         if compile:
             self._run = torch.compile(self._decode, dynamic=False)
@@ -299,16 +301,18 @@ def pixel_decoder_for(
     tokenizer: CompressiveTokenizer,
     dtype: torch.dtype | None = None,
     compile: bool = False,  # noqa: A002
+    products: torch.dtype = torch.float32,
 ) -> PixelDecoder:
     """A :class:`PixelDecoder` of the tokenizer's weights as they are now; one that is at hand if there is one."""
     key = weights_key(tokenizer)
     with _making:
         made = _made.setdefault(tokenizer, {})
-        for options in [options for options, (weights, _) in made.items() if weights != key]:
-            del made[options]
-        if (dtype, compile) not in made:
-            made[dtype, compile] = (key, PixelDecoder(tokenizer, dtype, compile))
-        return made[dtype, compile][1]
+        for old in [old for old, (weights, _) in made.items() if weights != key]:
+            del made[old]
+        options = (dtype, compile, products)
+        if options not in made:
+            made[options] = (key, PixelDecoder(tokenizer, dtype, compile, products=products))
+        return made[options][1]
 
 
 def encode_context(tokenizer: CompressiveTokenizer, context_frames: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ivideogpt.models.transformer import Attention, Block, RMSNorm, SwiGLU, Transformer
 from ivideogpt.rollout.cpu import packing
 from ivideogpt.rollout.cpu.build import load_kernel, why_unavailable
+from ivideogpt.rollout.cpu.prefill import context_keys_values, products_dtype
 from ivideogpt.rollout.decoder import Branch, Sampled
 from ivideogpt.rollout.sampling import Sampling
 
@@ -79,17 +80,6 @@ class KernelBranch:
         )  # fmt: skip
 
 
-class _Collector:
-    """A cache that keeps each layer's keys and values and hands them through."""
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, layer: int, input_pos: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self.layers.append((keys, values))
-        return keys, values
-
-
 def supported(transformer: Transformer, precision: str = "float32") -> str | None:
     """Why ``transformer`` can't be run in ``precision`` here; None if it can."""
     library = load_kernel()
@@ -121,10 +111,10 @@ class KernelDecoder:
     """Runs a transformer's decode steps in the compiled kernel (``decoder.Decoder``).
 
     The weights are copied as they are now: after an update of the transformer, build another decoder. A prefix comes
-    from the transformer itself, in its own dtype: that is arithmetic, which torch's matrix products are good at.
+    from the transformer's own weights (:mod:`ivideogpt.rollout.cpu.prefill`).
 
     Args:
-        transformer: one that :func:`supported` says nothing against; in eval mode when :meth:`prefill` is called.
+        transformer: one that :func:`supported` says nothing against; kept by the caller.
         precision: how weights are stored: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"`` (with a float32
             scale per output and group of 128 inputs). Activations and sums are float32. Keys and values are float32
             for float32 weights, else float16.
@@ -153,14 +143,13 @@ class KernelDecoder:
 
     def prefill(self, tokens: Tensor) -> KernelPrefix:
         """The prefix of ``tokens`` (B, P)."""
-        transformer, config, cache = self._source(), self._config, _Collector()
+        transformer = self._source()
         assert transformer is not None, "the transformer that this decoder was made from is gone"
-        transformer.backbone(transformer.embed(tokens), torch.arange(tokens.shape[1]), cache)
         clips, length = tokens.shape
         keys, values = self._empty(clips, length), self._empty(clips, length)
-        for layer in range(config.num_layers):
-            packing.pack_keys(cache.layers[layer][0], keys[layer])
-            packing.pack_values(cache.layers[layer][1], values[layer])
+        for layer, (k, v) in enumerate(context_keys_values(transformer, tokens, products_dtype(self.precision))):
+            packing.pack_keys(k, keys[layer])
+            packing.pack_values(v, values[layer])
         return KernelPrefix(keys, values, clips, length)
 
     def branch(self, prefix: KernelPrefix, samples: int, capacity: int) -> KernelBranch:

@@ -24,6 +24,18 @@ typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_a
 inline Lanes load(const float* from) { return (Lanes)(*(const Unaligned*)from); }
 inline void store(float* to, Lanes value) { *(Unaligned*)to = (Unaligned)value; }
 
+// bfloat16, rounded to the nearest, ties to even
+typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
+typedef uint16_t UnalignedHalf __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+inline Lanes load(const uint16_t* from) {
+    return (Lanes)(__builtin_convertvector((Half)(*(const UnalignedHalf*)from), IntLanes) << 16);
+}
+inline void store(uint16_t* to, Lanes value) {
+    const IntLanes bits = (IntLanes)value;
+    const IntLanes rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *(UnalignedHalf*)to = (UnalignedHalf)__builtin_convertvector(rounded, Half);
+}
+
 // 2^n times a polynomial in what is left, |r| <= ln(2) / 2: the coefficients of Cephes' expf, good to 2 ulp
 inline Lanes exponential(Lanes x) {
     x = x < -87.0f ? Lanes{} - 87.0f : x;
@@ -100,10 +112,12 @@ struct Doubling {
     }
 };
 
+// Stored is what the products are of, float or bfloat16 as uint16_t.
+
 // x (batch, height, width, channels) to products (N * N, batch * tiles, channels); silu(x * scale + shift) in place of
 // x where scale and shift (batch, channels) are given. Pixels around the image are 0.
-template <class Tile>
-void forward(const float* x, const float* scale, const float* shift, float* products, int64_t batch, int64_t height,
+template <class Tile, class Stored>
+void forward(const float* x, const float* scale, const float* shift, void* products, int64_t batch, int64_t height,
              int64_t width, int64_t channels, int threads) {
     constexpr int N = Tile::N, WINDOW = Tile::WINDOW;
     const int64_t tiles_y = height / Tile::STEP, tiles_x = width / Tile::STEP, line = (width + 2) * channels;
@@ -134,7 +148,7 @@ void forward(const float* x, const float* scale, const float* shift, float* prod
             for (int64_t tile = 0; tile < tiles_x; ++tile)
                 for (int64_t c = 0; c < channels; c += LANES) {
                     const float* from = rows.data() + tile * Tile::STEP * channels + c;
-                    float* to = products + (item * tiles_x + tile) * channels + c;
+                    Stored* to = static_cast<Stored*>(products) + (item * tiles_x + tile) * channels + c;
                     Lanes half[N * WINDOW], window[WINDOW], out[N];  // half: transformed in y
                     for (int j = 0; j < WINDOW; ++j) {
                         for (int i = 0; i < WINDOW; ++i) window[i] = load(from + i * line + j * channels);
@@ -150,8 +164,8 @@ void forward(const float* x, const float* scale, const float* shift, float* prod
 }
 
 // products (N * N, batch * tiles, channels) to y (batch, M * tiles_y, M * tiles_x, channels), plus bias and residual
-template <class Tile>
-void back(const float* products, const float* bias, const float* residual, float* y, int64_t batch, int64_t tiles_y,
+template <class Tile, class Stored>
+void back(const void* products, const float* bias, const float* residual, float* y, int64_t batch, int64_t tiles_y,
           int64_t tiles_x, int64_t channels, int threads) {
     constexpr int N = Tile::N, M = Tile::M;
     const int64_t plane = batch * tiles_y * tiles_x * channels, line = tiles_x * M * channels;
@@ -159,7 +173,7 @@ void back(const float* products, const float* bias, const float* residual, float
     for (int64_t item = 0; item < batch * tiles_y; ++item)
         for (int64_t tile = 0; tile < tiles_x; ++tile)
             for (int64_t c = 0; c < channels; c += LANES) {
-                const float* from = products + (item * tiles_x + tile) * channels + c;
+                const Stored* from = static_cast<const Stored*>(products) + (item * tiles_x + tile) * channels + c;
                 Lanes half[M * N], window[N], out[M];
                 for (int j = 0; j < N; ++j) {
                     for (int i = 0; i < N; ++i) window[i] = load(from + (i * N + j) * plane);
@@ -234,16 +248,20 @@ void ivideogpt_norm_coefficients(const float* x, const float* weight, const floa
     }
 }
 
-// kind: outputs of a tile in each direction, 4 or 2; 0 for the doubling
-void ivideogpt_transform(int kind, const float* x, const float* scale, const float* shift, float* products, int64_t batch,
-               int64_t height, int64_t width, int64_t channels, int threads) {
-    const auto run = kind == 4 ? forward<Four> : kind == 2 ? forward<Two> : forward<Doubling>;
+// kind: outputs of a tile in each direction, 4 or 2; 0 for the doubling. half: whether products are bfloat16, not float
+void ivideogpt_transform(int kind, int half, const float* x, const float* scale, const float* shift, void* products,
+               int64_t batch, int64_t height, int64_t width, int64_t channels, int threads) {
+    const auto run = kind == 4 ? (half ? forward<Four, uint16_t> : forward<Four, float>)
+                   : kind == 2 ? (half ? forward<Two, uint16_t> : forward<Two, float>)
+                               : (half ? forward<Doubling, uint16_t> : forward<Doubling, float>);
     run(x, scale, shift, products, batch, height, width, channels, threads);
 }
 
-void ivideogpt_transform_back(int kind, const float* products, const float* bias, const float* residual, float* y, int64_t batch,
-                    int64_t tiles_y, int64_t tiles_x, int64_t channels, int threads) {
-    const auto run = kind == 4 ? back<Four> : kind == 2 ? back<Two> : back<Doubling>;
+void ivideogpt_transform_back(int kind, int half, const void* products, const float* bias, const float* residual, float* y,
+                    int64_t batch, int64_t tiles_y, int64_t tiles_x, int64_t channels, int threads) {
+    const auto run = kind == 4 ? (half ? back<Four, uint16_t> : back<Four, float>)
+                   : kind == 2 ? (half ? back<Two, uint16_t> : back<Two, float>)
+                               : (half ? back<Doubling, uint16_t> : back<Doubling, float>);
     run(products, bias, residual, y, batch, tiles_y, tiles_x, channels, threads);
 }
 

@@ -86,10 +86,12 @@ class TiledConvolution(nn.Module):
     Args:
         conv: whose weights are transformed.
         kind: 4 or 2, the outputs of a tile in each direction; 0 to double the map before the convolution.
+        products: what is multiplied: float32, or bfloat16 where the processor is faster with it. All else is float32.
     """
 
-    def __init__(self, conv: nn.Conv2d, kind: int) -> None:
+    def __init__(self, conv: nn.Conv2d, kind: int, products: torch.dtype = torch.float32) -> None:
         super().__init__()
+        assert products in (torch.float32, torch.bfloat16), products
         assert conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.bias is not None
         self.kind, self.out_channels = kind, conv.out_channels
         filled = -conv.out_channels % LANES  # channels of zeros, for the last convolution
@@ -99,7 +101,7 @@ class TiledConvolution(nn.Module):
         weight = F.pad(weight, (0, filled))
         self.weight: Tensor
         self.bias: Tensor
-        self.register_buffer("weight", weight.contiguous())  # (N*N, C_in, C_out)
+        self.register_buffer("weight", weight.to(products).contiguous())  # (N*N, C_in, C_out)
         self.register_buffer("bias", F.pad(conv.bias.detach().float(), (0, filled)))
 
     def forward(self, x: Tensor, coefficients: Coefficients | None = None, residual: Tensor | None = None) -> Tensor:
@@ -111,23 +113,23 @@ class TiledConvolution(nn.Module):
         y = x.new_empty(batch, height * grown, width * grown, out_channels)
         if residual is not None:
             residual = _image(residual).permute(0, 2, 3, 1)
-        kernels, threads = _kernels(), torch.get_num_threads()
+        kernels, threads, half = _kernels(), torch.get_num_threads(), int(self.weight.dtype == torch.bfloat16)
         at_once = max(1, PRODUCTS_AT_ONCE // (products * tiles[0] * tiles[1] * max(channels, out_channels)))
         for start in range(0, batch, at_once):
             images = slice(start, start + at_once)
             count = len(x[images])
-            before = x.new_empty(products, count * tiles[0] * tiles[1], channels)
+            before = self.weight.new_empty(products, count * tiles[0] * tiles[1], channels)
             scale, shift = (None, None) if coefficients is None else (part[images] for part in coefficients)
             kernels.ivideogpt_transform(
-                self.kind, *map(_pointer, (x[images], scale, shift, before)), *_sizes(count, height, width, channels),
-                threads,
+                self.kind, half, *map(_pointer, (x[images], scale, shift, before)),
+                *_sizes(count, height, width, channels), threads,
             )  # fmt: skip
             after = torch.bmm(before, self.weight)
             del before
             add = None if residual is None else residual[images]
             kernels.ivideogpt_transform_back(
-                self.kind, *map(_pointer, (after, self.bias, add, y[images])), *_sizes(count, *tiles, out_channels),
-                threads,
+                self.kind, half, *map(_pointer, (after, self.bias, add, y[images])),
+                *_sizes(count, *tiles, out_channels), threads,
             )  # fmt: skip
         return y.permute(0, 3, 1, 2)[:, : self.out_channels]
 
@@ -135,10 +137,11 @@ class TiledConvolution(nn.Module):
 class TiledResidualBlock(nn.Module):
     """:class:`ResidualBlock` in two tiled convolutions."""
 
-    def __init__(self, block: ResidualBlock, kind: int) -> None:
+    def __init__(self, block: ResidualBlock, kind: int, products: torch.dtype) -> None:
         super().__init__()
         self.norm1, self.norm2, self.conv_shortcut = block.norm1, block.norm2, block.conv_shortcut
-        self.conv1, self.conv2 = TiledConvolution(block.conv1, kind), TiledConvolution(block.conv2, kind)
+        self.conv1 = TiledConvolution(block.conv1, kind, products)
+        self.conv2 = TiledConvolution(block.conv2, kind, products)
 
     def forward(self, x: Tensor) -> Tensor:
         x = _image(x)
@@ -160,12 +163,13 @@ class TiledOutput(nn.Module):
         return self.conv(x, norm_coefficients(self.norm, x))
 
 
-def use_tiles(decoder: Decoder, grid_size: int) -> Callable[[Tensor], Tensor]:
+def use_tiles(decoder: Decoder, grid_size: int, products: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:
     """Replaces, in place, what of ``decoder`` the kernels can do.
 
     Args:
         decoder: of float32 on the CPU; a copy, as it cannot be trained any more.
         grid_size: side of the latents that it will be given.
+        products: of all convolutions but the one that gives the pixels, whose errors nothing would smooth.
 
     Returns:
         What stands for ``decoder.to_frames``.
@@ -176,9 +180,9 @@ def use_tiles(decoder: Decoder, grid_size: int) -> Callable[[Tensor], Tensor]:
         for parent in list(stage.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, ResidualBlock) and kind and _fits(child.conv1, child.conv2):
-                    setattr(parent, name, TiledResidualBlock(child, kind))
+                    setattr(parent, name, TiledResidualBlock(child, kind, products))
                 elif isinstance(child, Upsample) and _fits(child.conv):
-                    setattr(parent, name, TiledConvolution(child.conv, kind=0))
+                    setattr(parent, name, TiledConvolution(child.conv, 0, products))
         if 0 < index < len(decoder.up_blocks):
             width *= 2
     kind = kind_for(width)
