@@ -48,15 +48,17 @@ def test_verify_finds_damage(shared: Path, tmp_path: Path, capsys: pytest.Captur
     assert "2 fault(s)" in captured.out
 
 
-def test_skip_bad(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_files(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "npz").mkdir()
     (tmp_path / "npz" / "good.npz").write_bytes((shared / "data" / "bair_sample.npz").read_bytes())
     (tmp_path / "npz" / "worse.npz").write_bytes(b"")
+    words: list[str | Path] = ["pack", tmp_path / "npz", "--out", tmp_path / "out", "--workers", "1"]
     with pytest.raises(ValueError, match="worse.npz"):
-        run("pack", tmp_path / "npz", "--out", tmp_path / "out")
-    with pytest.warns(UserWarning, match="worse skipped"):
-        assert run("pack", tmp_path / "npz", "--out", tmp_path / "out", "--skip-bad", "--resize", "32") == 0
-    assert "packed 1 episodes (30 frames), 1 bad ones skipped" in capsys.readouterr().out
+        run(*words, "--strict")
+    assert run(*words, "--resize", "32") == 0
+    captured = capsys.readouterr()
+    assert "packed 1 episodes (30 frames), 1 bad ones in " in captured.out
+    assert "bad: worse: " in captured.err
     assert ShardSet(tmp_path / "out").manifest["resolutions"] == [[32, 32]]
 
 

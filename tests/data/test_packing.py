@@ -155,7 +155,7 @@ def test_keys() -> None:
     ("arguments", "message"),
     [
         ({"source": "none"}, "none does not exist"),
-        ({"source": "."}, "holds no .npz file and no shard set"),
+        ({"source": "."}, "holds nothing that any format knows"),
         ({"policy": "x"}, "policy 'x' is not one of"),
         ({"holdout": 1.0}, "holdout must be in"),
         ({"resize": 2}, "resize must be at least 8"),

@@ -1,45 +1,61 @@
-"""Packs recordings into a shard set: from .npz files, another shard set, or one WebDataset tar as a stream."""
+"""Packs recordings into a shard set: of any known format, another shard set, or one WebDataset tar as a stream."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import re
 import tarfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-
-import numpy as np
-import torch
+from typing import Any
 
 from ivideogpt.data.codec import decode_episode
+from ivideogpt.data.conversion import encode_all
 from ivideogpt.data.episode import Episode
+from ivideogpt.data.formats import guess_format, list_jobs
 from ivideogpt.data.reader import EMBEDDED, POLICIES, ShardSet, refuse_commands
-from ivideogpt.data.shards import KEY_PATTERN, MANIFEST, MEMBER_SUFFIX, ShardSetWriter
-from ivideogpt.data.sources.npz import NpzOptions, read_npz
-from ivideogpt.data.transforms import fit_uint8
+from ivideogpt.data.shards import (
+    KEY_PATTERN,
+    MANIFEST,
+    MEMBER_SUFFIX,
+    SHARD_BYTES,
+    ShardSetWriter,
+    package_version,
+)
+from ivideogpt.data.sources.frames import Job
 
-Job = tuple[str, Callable[[], Episode]]  # key of an episode and how to get it
+QUARANTINE = "quarantine.jsonl"
+SET, STREAM = "shards", "stream"
 
 
 @dataclasses.dataclass
 class PackReport:
-    """What was packed: folders written, episodes and frames in them, and (name, reason) of what was skipped."""
+    """What was packed: folders written, episodes and frames in them, and (name, reason) of what was left out.
+
+    Attributes:
+        format: What the source was read as.
+        resumed: Episodes that an earlier try had packed already.
+    """
 
     folders: list[Path]
     episodes: int = 0
     frames: int = 0
     skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    format: str = ""
+    resumed: int = 0
 
 
 def pack(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    options: NpzOptions | None = None,
+    options: Any = None,
     resize: int | None = None,
     holdout: float = 0.0,
     policy: str = "error",
@@ -47,24 +63,34 @@ def pack(
     overwrite: bool = False,
     command: str = "",
     progress: Callable[[int, int | None], None] | None = None,
+    format: str | None = None,  # noqa: A002
+    workers: int = 1,
+    shard_bytes: int = SHARD_BYTES,
 ) -> PackReport:
     """Packs every episode of `source` into shards.
 
+    A conversion that was killed, interrupted or ran out of disk goes on behind its last full shard when it is called
+    in the same way again. The shards do not depend on that, nor on the number of processes.
+
     Args:
-        source: A folder with .npz files (searched through its subfolders), one .npz file, a shard set (folder,
-            manifest or `embedded:...`), or the URL of one WebDataset tar of ours, read as a stream.
+        source: Recordings of a known format, a shard set (folder, manifest or `embedded:...`), or the URL of one
+            WebDataset tar of ours, read as a stream.
         out: Folder of the shard set. With `holdout` the sets are `out/train` and `out/heldout`.
-        options: How to read .npz files.
+        options: How to read the recordings: what `formats.FORMATS[format].options_class()` makes.
         resize: Centre-crop and resize the frames to this many pixels; None leaves them.
         holdout: Share of the episodes that is kept apart: at least one, evenly spread over the order of the source.
-        policy: `error` stops at a bad file and writes nothing; `skip` leaves it out, warns and reports it.
+        policy: `error` stops at a bad episode and writes nothing; `skip` puts it into quarantine: it is left out and
+            reported, and `quarantine.jsonl` in the first folder names it with the reason.
         allow: URLs that may be opened although they run a command (`pipe:` and other schemes), letter by letter.
-        overwrite: Replace sets that are there.
+        overwrite: Replace sets that are there, and begin anew.
         command: The command line to name in the manifest.
         progress: Called with (episodes done, episodes in all or None) after each.
+        format: A name of `formats.FORMATS`; None recognises it where that is safe.
+        workers: Processes that read and encode; sets and streams are read by this one.
+        shard_bytes: A shard is closed when it holds so many.
 
     Raises:
-        ValueError: Nothing to pack, a bad file under `error`, or arguments out of range.
+        ValueError: Nothing to pack, nothing but bad episodes, a bad one under `error`, or arguments out of range.
         OSError: The output cannot be written; sets that were there stay whole.
     """
     if policy not in POLICIES:
@@ -73,32 +99,74 @@ def pack(
         raise ValueError(f"holdout must be in [0, 1), got {holdout}")
     if resize is not None and resize < 8:
         raise ValueError(f"resize must be at least 8 pixels, got {resize}")
-    jobs, total = _jobs(os.fspath(source), options or NpzOptions(), policy, allow)
-    held_out = _held_out(total, holdout)
+    if workers < 1:
+        raise ValueError(f"at least 1 worker is needed, got {workers}")
+    text = os.fspath(source)
+    jobs, total, name = _jobs(text, format, options, policy, allow)
+    held_out = _held_out(total, holdout) if total is not None or not holdout else None
+    if held_out is None:  # their number is known when they have been listed
+        jobs = list(jobs)
+        total = len(jobs)
+        held_out = _held_out(total, holdout)
     out = Path(out)
-    report = PackReport([out / "train", out / "heldout"] if holdout else [out])
+    report = PackReport([out / "train", out / "heldout"] if holdout else [out], format=name)
+    inside = name in (SET, STREAM)
+    what = [os.path.abspath(text), name, repr(options), resize, holdout, shard_bytes, package_version()]
+    resume = None if overwrite or inside else hashlib.sha256(json.dumps(what).encode()).hexdigest()
     with ExitStack() as stack:
         writers = [
-            stack.enter_context(ShardSetWriter(folder, overwrite=overwrite, command=command))
+            stack.enter_context(
+                ShardSetWriter(folder, shard_bytes=shard_bytes, overwrite=overwrite, command=command, resume=resume)
+            )
             for folder in report.folders
         ]
-        for number, (key, read) in enumerate(jobs):
-            try:
-                episode = read()
-            except ValueError as error:
+        here: dict[str, int] = {}  # number of each episode that is to be read
+
+        def left() -> Iterator[Job]:
+            keys = _Keys()
+            for number, (job_name, read) in enumerate(jobs):
+                key = job_name if inside else keys.legal(job_name)
+                writer = writers[int(number in held_out)]
+                frames = writer.restored.get(key)
+                if frames is None:
+                    here[key] = number
+                    yield key, read
+                    continue
+                report.episodes, report.frames, report.resumed = (
+                    report.episodes + 1, report.frames + frames, report.resumed + 1
+                )  # fmt: skip
+
+        for key, result in encode_all(left(), resize, 1 if inside else workers):
+            number = here.pop(key)
+            if isinstance(result, Exception):
                 if policy == "error":
-                    raise
-                report.skipped.append((key, str(error)))
-                warnings.warn(f"{key} skipped ({len(report.skipped)} so far): {error}", stacklevel=2)
+                    raise result if isinstance(result, ValueError) else ValueError(f"{key}: {result}") from result
+                report.skipped.append((key, str(result)))
+                warnings.warn(f"{key} skipped ({len(report.skipped)} so far): {result}", stacklevel=2)
             else:
-                if resize is not None:
-                    episode = _resized(episode, resize)
-                writers[int(number in held_out)].write(key, episode)
+                writers[int(number in held_out)].write_encoded(key, *result)
                 report.episodes += 1
-                report.frames += len(episode)
+                report.frames += result[1]["frames"]
             if progress is not None:
                 progress(number + 1, total)
+        gone = sum(len(writer.restored) for writer in writers) - report.resumed
+        if gone:
+            raise ValueError(f"{source} has changed: {gone} episodes packed before are not there now; use overwrite")
+        if report.skipped and not report.episodes:
+            key, reason = report.skipped[0]
+            raise ValueError(f"all {len(report.skipped)} episodes of {source} are bad, the first, {key}: {reason}")
+        _quarantine(writers[0], report.skipped)
     return report
+
+
+def _quarantine(writer: ShardSetWriter, skipped: list[tuple[str, str]]) -> None:
+    """Names what was left out beside the manifest, and counts it in there."""
+    path = writer.out / QUARANTINE
+    path.unlink(missing_ok=True)
+    if skipped:
+        lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in skipped]
+        path.write_text("".join(lines), encoding="utf-8")
+    writer.extra["quarantine"] = {"episodes": len(skipped), "file": QUARANTINE if skipped else None}
 
 
 def _held_out(total: int | None, share: float) -> set[int]:
@@ -111,22 +179,28 @@ def _held_out(total: int | None, share: float) -> set[int]:
     return {int((i + 0.5) * total / count) for i in range(count)}
 
 
-def _jobs(source: str, options: NpzOptions, policy: str, allow: Sequence[str]) -> tuple[Iterator[Job], int | None]:
-    """The episodes of a source in a fixed order, and how many there are where that is known."""
-    path = Path(source)
-    if source.partition(":")[0] == EMBEDDED or path.name == MANIFEST or (path / MANIFEST).is_file():
+def _jobs(
+    source: str, name: str | None, options: Any, policy: str, allow: Sequence[str]
+) -> tuple[Iterable[Job], int | None, str]:
+    """The episodes of a source in a fixed order, how many there are where that is known, and what it was read as."""
+    if _is_set(source):
         shards = ShardSet(source, policy)
-        return _of_set(shards), len(shards)
+        return _of_set(shards), len(shards), SET
     refuse_commands(source, allow)
-    if source in allow or source.endswith(".tar"):
-        return _of_stream(source), None
-    files = [path] if path.is_file() else sorted(path.rglob("*.npz"))
-    if not files:
-        what = "holds no .npz file and no shard set" if path.is_dir() else "does not exist"
-        raise ValueError(f"{source} {what}")
-    keys = unique_keys([file.relative_to(path).as_posix() if path.is_dir() else file.name for file in files])
-    jobs = ((key, partial(read_npz, file, options)) for key, file in zip(keys, files, strict=True))
-    return jobs, len(files)
+    if is_set_or_stream(source, allow):
+        return _of_stream(source), None, STREAM
+    name = guess_format(source) if name is None else name
+    return *list_jobs(source, name, options), name
+
+
+def is_set_or_stream(source: str, allow: Sequence[str] = ()) -> bool:
+    """Whether `source` is shards of ours already, which say themselves how they are to be read."""
+    return _is_set(source) or source in allow or source.endswith(".tar")
+
+
+def _is_set(source: str) -> bool:
+    path = Path(source)
+    return source.partition(":")[0] == EMBEDDED or path.name == MANIFEST or (path / MANIFEST).is_file()
 
 
 def _of_set(shards: ShardSet) -> Iterator[Job]:
@@ -164,27 +238,30 @@ def _of_stream(url: str) -> Iterator[Job]:
         yield f"the rest after member {count}", partial(bad, f"{url}: not a whole tar file: {error}")
 
 
-def unique_keys(names: Sequence[str]) -> list[str]:
+class _Keys:
+    """A legal and different episode key for each name, in the order that they come in."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def legal(self, name: str) -> str:
+        """Letters, digits, '-' and '_', at most 81 of them."""
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", name.removesuffix(".npz")).lstrip("-") or "episode"
+        if len(stem) > 64:
+            stem = f"{stem[-55:].lstrip('-')}-{zlib.crc32(name.encode()):08x}"
+        key, count = stem, 0
+        while key in self.seen:
+            count += 1
+            key = f"{stem}-{count}"
+        self.seen.add(key)
+        return key
+
+
+def unique_keys(names: Iterable[str]) -> list[str]:
     """A legal and different episode key for each file name.
 
     >>> unique_keys(["a/b.npz", "a_b.npz"])
     ['a_b', 'a_b-1']
     """
-    keys: list[str] = []
-    seen: set[str] = set()
-    for name in names:
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", name.removesuffix(".npz")).lstrip("-") or "episode"
-        if len(stem) > 64:
-            stem = f"{stem[-55:].lstrip('-')}-{zlib.crc32(name.encode()):08x}"
-        key, count = stem, 0
-        while key in seen:
-            count += 1
-            key = f"{stem}-{count}"
-        seen.add(key)
-        keys.append(key)
-    return keys
-
-
-def _resized(episode: Episode, resolution: int) -> Episode:
-    video = fit_uint8(torch.from_numpy(np.ascontiguousarray(episode.video.transpose(0, 3, 1, 2))), resolution)
-    return dataclasses.replace(episode, video=np.ascontiguousarray(video.numpy().transpose(0, 2, 3, 1)))
+    keys = _Keys()
+    return [keys.legal(name) for name in names]

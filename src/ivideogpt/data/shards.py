@@ -29,6 +29,7 @@ FORMAT = "ivideogpt-shards"
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 MEMBER_SUFFIX = ".safetensors"
+SHARD_BYTES = 256 * 2**20
 SHARD_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar\Z")  # a plain file name
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,80}\Z")  # no dot (WebDataset splits there) and no slash
 
@@ -37,7 +38,8 @@ class ShardSetWriter:
     """Writes a shard set; use as a context manager.
 
     Leaving the block normally makes the set visible; leaving it by an exception removes what was begun and leaves an
-    older set in the folder as it was. One writer a folder.
+    older set in the folder as it was. One writer a folder. With `resume`, shards that are full stay, hidden, when the
+    process is killed, interrupted or out of disk, and the next writer with the same `resume` goes on behind them.
 
     Args:
         out: Folder of the set, created if absent.
@@ -47,6 +49,10 @@ class ShardSetWriter:
         overwrite: Replace a set that is there already.
         command: The command line that makes the set; kept in the manifest.
         extra: Further JSON for the manifest (fidelity, options, ...).
+        resume: What tells this conversion from others; None begins anew.
+
+    Attributes:
+        restored: Keys of the episodes that were found in shards of an earlier try, in order, with their frames.
 
     Raises:
         ValueError: There is a set already and `overwrite` is False, or a bad name.
@@ -56,18 +62,20 @@ class ShardSetWriter:
         self,
         out: str | os.PathLike[str],
         name: str = "episodes",
-        shard_bytes: int = 256 * 2**20,
+        shard_bytes: int = SHARD_BYTES,
         shard_episodes: int = 10_000,
         overwrite: bool = False,
         command: str = "",
         extra: dict[str, Any] | None = None,
+        resume: str | None = None,
     ) -> None:
         self.out = Path(out)
         if not KEY_PATTERN.match(name):
             raise ValueError(f"shard name {name!r} may hold letters, digits, '-' and '_' only")
         if (self.out / MANIFEST).exists() and not overwrite:
             raise ValueError(f"{self.out} holds a shard set already; choose another folder or overwrite it")
-        if not overwrite and any(self.out.glob("*.tar")):
+        unfinished = resume is not None and any(self.out.glob(f".{name}-*.json.partial"))
+        if not (overwrite or unfinished) and any(self.out.glob("*.tar")):
             raise ValueError(f"{self.out} holds tar files; choose another folder or overwrite it")
         self.name, self.shard_bytes, self.shard_episodes = name, shard_bytes, shard_episodes
         self.command = command
@@ -79,22 +87,45 @@ class ShardSetWriter:
         self._file: io.BufferedWriter | None = None
         self._tar: Any = None  # webdataset.TarWriter
         self._made_folder = False
+        self.resume, self.restored = resume, dict[str, int]()
 
     def __enter__(self) -> ShardSetWriter:
         self._made_folder = not self.out.exists()
         self.out.mkdir(parents=True, exist_ok=True)
-        self._remove_partials()  # left by a process that was killed
+        if self.resume is not None:
+            self._restore()
+        self._remove_partials(keep=len(self._shards))  # left by a process that was killed
         return self
+
+    def _restore(self) -> None:
+        """Takes over the full shards of an earlier try; what does not fit, or is not whole, is made again."""
+        while True:
+            path, row = self._partial(len(self._shards)), self._row(len(self._shards))
+            published = self.out / f"{self.name}-{len(self._shards):06d}.tar"
+            try:
+                if published.exists() and not path.exists() and not (self.out / MANIFEST).exists():
+                    os.replace(published, path)  # killed between the renaming and the manifest
+                found = json.loads(row.read_text(encoding="utf-8"))
+                whole = found["resume"] == self.resume and path.stat().st_size == found["size"]
+                if not whole or file_sha256(path) != found["sha256"]:
+                    return
+                statistics = {name: _RunningStats.restored(state) for name, state in found["statistics"].items()}
+            except (OSError, ValueError, KeyError, TypeError):
+                return
+            self._shards.append({name: found[name] for name in ("size", "sha256", "members")})
+            self._stats |= statistics
+            self.restored |= {member["key"]: member["frames"] for member in found["members"]}
+            self._keys |= set(self.restored)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is not None:
-            self._abort()
+            self._abort(keep=self.resume is not None and issubclass(kind, (KeyboardInterrupt, OSError)))
             return
         try:
             with self._explained():
                 self._commit()
-        except BaseException:
-            self._abort()
+        except BaseException as failure:
+            self._abort(keep=self.resume is not None and isinstance(failure, (KeyboardInterrupt, OSError)))
             raise
 
     @contextlib.contextmanager
@@ -142,6 +173,9 @@ class ShardSetWriter:
     def _partial(self, index: int) -> Path:
         return self.out / f".{self.name}-{index:06d}.tar.partial"
 
+    def _row(self, index: int) -> Path:
+        return self.out / f".{self.name}-{index:06d}.json.partial"
+
     def _close_shard(self) -> None:
         assert self._tar is not None and self._file is not None
         self._tar.close()
@@ -149,7 +183,11 @@ class ShardSetWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         path = self._partial(len(self._shards))
-        self._shards.append({"size": path.stat().st_size, "sha256": file_sha256(path), "members": self._members})
+        shard = {"size": path.stat().st_size, "sha256": file_sha256(path), "members": self._members}
+        if self.resume is not None:
+            statistics = {name: stats.state() for name, stats in self._stats.items()}
+            write_json(self._row(len(self._shards)), shard | {"resume": self.resume, "statistics": statistics})
+        self._shards.append(shard)
         self._members, self._tar, self._file = [], None, None
 
     def _commit(self) -> None:
@@ -172,7 +210,7 @@ class ShardSetWriter:
                 path.unlink(missing_ok=True)
         self._remove_partials()
 
-    def _abort(self) -> None:
+    def _abort(self, keep: bool = False) -> None:
         if self._tar is not None and self._file is not None:
             self._tar.tarstream.fileobj.fileobj = io.BytesIO()  # what is still buffered goes nowhere
             with contextlib.suppress(OSError):
@@ -182,14 +220,17 @@ class ShardSetWriter:
         for shard in self._shards:
             if "name" in shard and shard["name"] not in listed:
                 (self.out / shard["name"]).unlink(missing_ok=True)
-        self._remove_partials()
+        self._remove_partials(keep=len(self._shards) if keep else 0)
         if self._made_folder:
             with contextlib.suppress(OSError):
                 self.out.rmdir()
 
-    def _remove_partials(self) -> None:
+    def _remove_partials(self, keep: int = 0) -> None:
+        """Removes what is hidden here but the first `keep` shards and their rows."""
+        kept = {path for index in range(keep) for path in (self._partial(index), self._row(index))}
         for path in self.out.glob(".*.partial"):
-            path.unlink(missing_ok=True)
+            if path not in kept:
+                path.unlink(missing_ok=True)
 
     def _manifest(self) -> dict[str, Any]:
         members = [member for shard in self._shards for member in shard["members"]]
@@ -257,6 +298,20 @@ class _RunningStats:
         self.count += len(rows)
         self.sums, self.squares = self.sums + rows.sum(0), self.squares + (rows**2).sum(0)
         self.low, self.high = np.minimum(self.low, rows.min(0)), np.maximum(self.high, rows.max(0))
+
+    def state(self) -> dict[str, Any]:
+        """All that was added up, as JSON that keeps every bit."""
+        arrays = {name: getattr(self, name).tolist() for name in ("sums", "squares", "low", "high")}
+        return {"count": self.count, "mixed": self.mixed} | arrays
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> _RunningStats:
+        """What `state` was taken of."""
+        stats = cls()
+        stats.count, stats.mixed = int(state["count"]), bool(state["mixed"])
+        for name in ("sums", "squares", "low", "high"):
+            setattr(stats, name, np.asarray(state[name], np.float64))
+        return stats
 
     def result(self) -> dict[str, Any] | None:
         if self.count == 0 or self.mixed:

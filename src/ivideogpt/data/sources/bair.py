@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from ivideogpt.data.episode import Episode
+from ivideogpt.data.sources.frames import Job
 from ivideogpt.data.sources.npz import NpzOptions
-from ivideogpt.data.sources.tfrecord import Feature, Job, parse_example, read_records, record_jobs
+from ivideogpt.data.sources.tfrecord import Feature, parse_example, read_records, record_jobs
 
 CAMERA = "image_aux1"  # the camera that every publication on this set predicts
 

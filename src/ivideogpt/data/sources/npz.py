@@ -19,12 +19,14 @@ import dataclasses
 import zipfile
 import zlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ivideogpt.data.episode import Episode
+from ivideogpt.data.sources.frames import Job
 
 STACKED = "observation"
 VIDEO_KEYS = (STACKED, "aux1_image", "video", "image", "videos", "images")
@@ -73,6 +75,20 @@ def read_npz(path: str | Path, options: NpzOptions | None = None) -> Episode:
         raise ValueError(f"{path}: not a whole .npz file: {error}") from error
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def npz_jobs(source: str | Path, options: NpzOptions | None = None) -> list[Job]:
+    """The .npz files of a folder and its subfolders in order of their paths, and how to read each; or one file.
+
+    Raises:
+        ValueError: There is none.
+    """
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(path.rglob("*.npz"))
+    if not files:
+        raise ValueError(f"{source} {'holds no .npz file' if path.is_dir() else 'does not exist'}")
+    names = [file.relative_to(path).as_posix() if path.is_dir() else file.name for file in files]
+    return [(name, partial(read_npz, file, options)) for name, file in zip(names, files, strict=True)]
 
 
 def episode_from_arrays(arrays: Mapping[str, Any], options: NpzOptions) -> Episode:

@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 
 from ivideogpt.data.episode import Episode
+from ivideogpt.data.sources.frames import Job
 from ivideogpt.data.sources.rlds_features import Leaf, decode_frames, decode_numbers, decode_texts, read_features
-from ivideogpt.data.sources.tfrecord import Feature, Job, parse_example, record_jobs
+from ivideogpt.data.sources.tfrecord import Feature, parse_example, record_jobs
 
 SUFFIX = "_converted_externally_to_rlds"
 OBSERVATION, ACTION = "steps/observation/", "steps/action"

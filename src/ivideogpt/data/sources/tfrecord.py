@@ -21,8 +21,8 @@ from typing import IO
 import numpy as np
 
 from ivideogpt.data.episode import Episode
+from ivideogpt.data.sources.frames import Job, failing
 
-Job = tuple[str, Callable[[], Episode]]  # key of an episode and how to get it
 Feature = np.ndarray | list[memoryview]  # float32 (N,), int64 (N,), or N byte strings
 
 _POLYNOMIAL = 0x82F63B78  # Castagnoli's, bits reversed
@@ -196,29 +196,26 @@ def record_jobs(
         files: (file, prefix of its keys, records it should hold or None).
         decode: Makes an episode of a record's data and its key.
     """
-
-    def read(path: Path, offset: int, key: str) -> Episode:
-        try:
-            return decode(read_record(path, offset), key)
-        except (ValueError, OSError) as error:
-            text = str(error)
-            raise ValueError(text if str(path) in text else f"{path}, record at byte {offset}: {text}") from error
-
-    def bad(reason: str) -> Episode:
-        raise ValueError(reason)
-
     for path, prefix, expected in files:
         count = 0
         try:
             for offset in record_offsets(path):
                 key = f"{prefix}-{count:05d}"
-                yield key, partial(read, path, offset, key)
+                yield key, partial(_episode_at, path, offset, key, decode)
                 count += 1
             if expected is not None and count != expected:
                 reason = f"{path} holds {count} records, but {expected} are said to be there"
-                yield f"{prefix}-count", partial(bad, reason)
+                yield f"{prefix}-count", partial(failing, reason)
         except (ValueError, OSError) as error:
-            yield f"{prefix}-rest-after-{count}", partial(bad, str(error))
+            yield f"{prefix}-rest-after-{count}", partial(failing, str(error))
+
+
+def _episode_at(path: Path, offset: int, key: str, decode: Callable[[bytes, str], Episode]) -> Episode:
+    try:
+        return decode(read_record(path, offset), key)
+    except (ValueError, OSError) as error:
+        text = str(error)
+        raise ValueError(text if str(path) in text else f"{path}, record at byte {offset}: {text}") from error
 
 
 def parse_example(data: bytes | memoryview, names: Container[str] | None = None) -> dict[str, Feature]:
