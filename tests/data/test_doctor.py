@@ -196,6 +196,20 @@ def test_exit_codes_and_json(good: Episodes, tmp_path: Path, capsys: pytest.Capt
         run(tmp_path / "good", "--stride", "0")
 
 
+def test_page(good: Episodes, tmp_path: Path) -> None:
+    folder, page = (
+        write(tmp_path / "set", [good[0], changed(good[1], source="<b>x</b>"), good[0]]),
+        tmp_path / "page.html",
+    )
+    assert run(folder, "--page", page) == 3
+    text = page.read_text(encoding="utf-8")
+    assert "warning: duplicates" in text
+    assert "&lt;b&gt;x&lt;/b&gt;" in text and "<b>x</b>" not in text
+    assert text.count("data:image/png;base64,") == 3
+    assert text.count("Histogram of ") == 4  # three dimensions and the rewards
+    assert "http" not in text and "<script" not in text
+
+
 def test_a_record_that_cannot_be_read_is_a_finding(good: Episodes, tmp_path: Path) -> None:
     folder = write(tmp_path / "set", good)
     entry = ShardSet(folder).entries[3]

@@ -39,6 +39,7 @@ def add(commands: _SubParsersAction) -> None:
     command.add_argument("--stride", type=int, default=1, metavar="N", help="stride of a training clip (1)")
     command.add_argument("--max-episodes", type=int, metavar="N", help="look at so many episodes, evenly spread")
     command.add_argument("--json", metavar="FILE", help="also write the findings to FILE")
+    command.add_argument("--page", metavar="FILE", help="also write an HTML page with film strips and histograms")
     command.set_defaults(func=_doctor)
 
 
@@ -69,6 +70,10 @@ def _doctor(args: Namespace) -> int:
         rows = [{**vars(finding), "keys": list(finding.keys)} for finding in findings]
         record: dict[str, Any] = {"shards": train, "against": held_out, "episodes": len(readings), "findings": rows}
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if args.page:
+        from ivideogpt.data.doctor_page import render_page
+
+        Path(args.page).write_text(render_page(train, looked, findings, readings, shards), encoding="utf-8")
     return EXIT_CODES[findings[0].severity] if findings else 0
 
 
