@@ -46,8 +46,7 @@ def test_the_table() -> None:
 def usage() -> str:
     """All options of the data commands."""
     parser = argparse.ArgumentParser()
-    data = add_parser(parser.add_subparsers())
-    assert data is None
+    add_parser(parser.add_subparsers())
     lines = []
     for word in ("pack", "doctor", "collect metaworld"):
         chosen = _parser_of(parser, ["data", *word.split()])
