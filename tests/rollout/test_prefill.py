@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ivideogpt.models import Transformer
-from ivideogpt.rollout.cpu import prefill, products_dtype
+from ivideogpt.rollout.cpu import prefill
 
 Build = Callable[..., Any]
 
@@ -54,10 +54,10 @@ def test_keys_and_values(tiny_config: Build, fields: dict[str, Any], length: int
 
 
 def test_products_of_bfloat16_only_where_little_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("float32", "bfloat16", "float16", "int8")
+    half, full = torch.bfloat16, torch.float32
     monkeypatch.setattr(prefill, "has_bfloat16_products", lambda: True)
-    found = {name: products_dtype(name) for name in ("float32", "bfloat16", "float16", "int8")}
-    assert found == {
-        "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32, "int8": torch.bfloat16,
-    }  # fmt: skip
+    assert [prefill.context_dtype(name) for name in names] == [full, half, full, full]
+    assert [prefill.pixels_dtype(name) for name in names] == [full, half, half, half]
     monkeypatch.setattr(prefill, "has_bfloat16_products", lambda: False)
-    assert {products_dtype(name) for name in found} == {torch.float32}
+    assert {choose(name) for name in names for choose in (prefill.context_dtype, prefill.pixels_dtype)} == {full}

@@ -20,7 +20,7 @@ from ivideogpt.models.reward_head import RewardHead
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer
 from ivideogpt.rollout.choice import decoder_for
-from ivideogpt.rollout.cpu import products_dtype
+from ivideogpt.rollout.cpu import pixels_dtype
 from ivideogpt.rollout.decoder import Decoder
 from ivideogpt.rollout.frame import Drawing, FrameState, feed_unfed, next_frame
 from ivideogpt.rollout.inputs import (
@@ -148,7 +148,7 @@ def rollout(
         precision: of the transformer's weights: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"``, or
             ``"auto"`` for the fastest whose argmax ids are those of float32 (:mod:`ivideogpt.rollout.precision`). None
             is the precision that the weights are in. Frames are decoded in bfloat16 on a GPU, in float32 on a CPU; but
-            with products of bfloat16 for ``"bfloat16"`` and ``"int8"`` on a CPU that has such instructions.
+            with products of bfloat16 where the precision is a lower one and the CPU has such instructions.
         dynamics_ids_only: draw a frame's tokens among the dynamics ids only. It is exact as long as the model gives
             no other id a chance.
         speculation: draw several tokens at a time.
@@ -186,7 +186,7 @@ def rollout(
             states = torch.empty(shape, device=device, dtype=torch.float32)
         pixels = features = stream = None
         if return_frames is not None:
-            pixels = pixel_decoder_for(tokenizer, products=products_dtype(decoder.precision))
+            pixels = pixel_decoder_for(tokenizer, products=pixels_dtype(decoder.precision))
             features = pixels.context(context_indices)
             if return_frames == "all" and device.type in OVERLAPPING:
                 stream = FrameStream(pixels, features, layout, num_samples, horizon)

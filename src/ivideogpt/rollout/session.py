@@ -18,7 +18,7 @@ from ivideogpt.models.reward_head import RewardHead
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer
 from ivideogpt.rollout.choice import decoder_for
-from ivideogpt.rollout.cpu import products_dtype
+from ivideogpt.rollout.cpu import pixels_dtype
 from ivideogpt.rollout.decoder import Decoder
 from ivideogpt.rollout.engine import imagining
 from ivideogpt.rollout.frame import Drawing, FrameState, feed_unfed, next_frame
@@ -145,7 +145,7 @@ class Session:
         tokens = self._layout.prompt(indices)[:, :-1]
         self._precision = resolve_precision(self._precision, self._transformer, self._layout, tokens)
         decoder = decoder_for(self._transformer, self._precision)
-        pixels = pixel_decoder_for(self._tokenizer, products=products_dtype(decoder.precision))
+        pixels = pixel_decoder_for(self._tokenizer, products=pixels_dtype(decoder.precision))
         branch = decoder.branch(decoder.prefill(tokens), 1, self._layout.frame_stride * self._segment_steps)
         return _Segment(decoder, pixels, tokens, pixels.context(indices), branch)
 

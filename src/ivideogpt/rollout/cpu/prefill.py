@@ -29,13 +29,18 @@ def has_bfloat16_products() -> bool:
     return any(ask() for ask in asks if ask is not None)
 
 
-def products_dtype(precision: str | None) -> torch.dtype:
-    """What matrices are multiplied in where the weights are stored in ``precision``; sums are float32 in any case.
+def context_dtype(precision: str) -> torch.dtype:
+    """What the products of a context are of where the weights are stored in ``precision``.
 
-    Weights of bfloat16 and int8 have no digits that products of bfloat16 would lose much of; those of float16 do.
+    Weights of bfloat16 have no digits that products of bfloat16 would lose much of. Those of int8 and float16 do: with
+    such products argmax ids would leave those of float32 more often than the weights alone make them.
     """
-    coarse = precision in ("bfloat16", "int8")
-    return torch.bfloat16 if coarse and has_bfloat16_products() else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" and has_bfloat16_products() else torch.float32
+
+
+def pixels_dtype(precision: str) -> torch.dtype:
+    """What the products of the pixel decoder are of, from which no token follows, in a rollout of ``precision``."""
+    return torch.bfloat16 if precision != "float32" and has_bfloat16_products() else torch.float32
 
 
 def context_keys_values(
