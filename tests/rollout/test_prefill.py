@@ -58,6 +58,6 @@ def test_products_of_bfloat16_only_where_little_is_lost(monkeypatch: pytest.Monk
     half, full = torch.bfloat16, torch.float32
     monkeypatch.setattr(prefill, "has_bfloat16_products", lambda: True)
     assert [prefill.context_dtype(name) for name in names] == [full, half, full, full]
-    assert [prefill.pixels_dtype(name) for name in names] == [full, half, half, half]
+    assert [prefill.pixels_dtype(name) for name in names] == [full, half, full, half]
     monkeypatch.setattr(prefill, "has_bfloat16_products", lambda: False)
     assert {choose(name) for name in names for choose in (prefill.context_dtype, prefill.pixels_dtype)} == {full}

@@ -39,8 +39,12 @@ def context_dtype(precision: str) -> torch.dtype:
 
 
 def pixels_dtype(precision: str) -> torch.dtype:
-    """What the products of the pixel decoder are of, from which no token follows, in a rollout of ``precision``."""
-    return torch.bfloat16 if precision != "float32" and has_bfloat16_products() else torch.float32
+    """What the products of the pixel decoder are of, from which no token follows, in a rollout of ``precision``.
+
+    float16 keeps frames as near to float32's as its weights keep the tokens.
+    """
+    coarse = precision in ("bfloat16", "int8")
+    return torch.bfloat16 if coarse and has_bfloat16_products() else torch.float32
 
 
 def context_keys_values(
