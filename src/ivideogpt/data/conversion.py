@@ -50,7 +50,7 @@ def encode_all(jobs: Iterable[Named], resize: int | None, workers: int) -> Itera
     try:
         while True:
             for job in islice(waiting, AHEAD * workers - len(under_way)):
-                under_way.append((job, pool.submit(encode, job[1], resize)))
+                under_way.append((job, _submit(pool, job[1], resize)))
             if not under_way:
                 return
             (key, _), future = under_way[0]
@@ -78,6 +78,16 @@ def encode(read: Read, resize: int | None) -> Encoded | Exception:
         return encode_episode(episode), summary(episode)
     except (ValueError, OSError, MemoryError) as error:
         return error
+
+
+def _submit(pool: ProcessPoolExecutor, read: Read, resize: int | None) -> Future[Encoded | Exception]:
+    """What the pool will give; a pool that is broken already says so through the future, as it does later."""
+    try:
+        return pool.submit(encode, read, resize)
+    except BrokenProcessPool as error:
+        broken: Future[Encoded | Exception] = Future()
+        broken.set_exception(error)
+        return broken
 
 
 def _alone(read: Read, resize: int | None) -> Encoded | Exception:
