@@ -162,6 +162,7 @@ def read(number: int) -> Episode:
     return Episode(np.full((2, 8, 8, 3), number, np.uint8))
 
 
+@pytest.mark.slow  # a process for each episode that was under way, each of which imports torch
 def test_a_process_that_dies_costs_one_episode() -> None:
     jobs = [(f"e{number}", partial(read, number)) for number in range(9)]
     found = list(encode_all(jobs, None, 2))
