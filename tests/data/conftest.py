@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ivideogpt.data.cli import add_parser
 from ivideogpt.data.episode import Episode
 from ivideogpt.data.shards import ShardSetWriter
 
@@ -48,6 +50,19 @@ def make_set(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def run() -> Callable[..., int]:
+    """`run("pack", folder, ...)` is `ivideogpt data pack folder ...`, with its errors as they are raised."""
+
+    def call(*words: str | Path) -> int:
+        parser = argparse.ArgumentParser()
+        add_parser(parser.add_subparsers())
+        args = parser.parse_args(["data", *map(str, words)])
+        return args.func(args)
+
+    return call
 
 
 @pytest.fixture(autouse=True)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ivideogpt.data.cli import add_parser
 from ivideogpt.data.reader import ShardSet
 
 
-def run(*words: str | Path) -> int:
-    parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
-    args = parser.parse_args(["data", *map(str, words)])
-    return args.func(args)
-
-
-def test_pack_verify_info(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pack_verify_info(
+    run: Callable[..., int], shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, out = shared / "data" / "metaworld" / "hammer", tmp_path / "out"
     assert run("pack", folder, "--out", out, "--holdout", "0.2", "--licence", "MIT", "--source", "hammer") == 0
     assert "packed 5 episodes (505 frames)" in capsys.readouterr().out
@@ -34,7 +28,9 @@ def test_pack_verify_info(shared: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "hammer" in capsys.readouterr().out
 
 
-def test_verify_finds_damage(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_finds_damage(
+    run: Callable[..., int], shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     run("pack", shared / "data" / "metaworld" / "hammer", "--out", out)
     entry = ShardSet(out).entries[0]
@@ -48,7 +44,7 @@ def test_verify_finds_damage(shared: Path, tmp_path: Path, capsys: pytest.Captur
     assert "2 fault(s)" in captured.out
 
 
-def test_bad_files(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_files(run: Callable[..., int], shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "npz").mkdir()
     (tmp_path / "npz" / "good.npz").write_bytes((shared / "data" / "bair_sample.npz").read_bytes())
     (tmp_path / "npz" / "worse.npz").write_bytes(b"")
@@ -63,7 +59,7 @@ def test_bad_files(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("words", [["collect", "metaworld", "--help"], ["pack", "--help"], ["verify", "--help"]])
-def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(run: Callable[..., int], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run(*words)
     assert stopped.value.code == 0

@@ -17,8 +17,9 @@ import pytest
 
 from ivideogpt.data.conversion import encode_all
 from ivideogpt.data.episode import Episode
-from ivideogpt.data.packing import QUARANTINE, pack
+from ivideogpt.data.packing import pack
 from ivideogpt.data.reader import ShardSet, verify_set
+from ivideogpt.data.shards import QUARANTINE
 
 SHARD_BYTES = 30_000  # some three episodes
 
@@ -138,11 +139,37 @@ def test_quarantine(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (out / QUARANTINE).read_text().splitlines()]
     assert [line["key"] for line in lines] == ["e001", "e002"]
     assert "e001.npz" in lines[0]["reason"]
-    assert ShardSet(out).manifest["extra"]["quarantine"] == {"episodes": 2, "file": QUARANTINE}
+    assert ShardSet(out).manifest["quarantine"] == {"episodes": 2, "file": QUARANTINE}
     for path in source.glob("e00[12].npz"):
         path.unlink()
     pack(source, out, overwrite=True)
     assert not (out / QUARANTINE).exists()
+
+
+def test_a_failed_overwrite_leaves_the_old_quarantine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = write_episodes(tmp_path / "npz", 3), tmp_path / "out"
+    (source / "e001.npz").write_bytes(b"no archive")
+    with pytest.warns(UserWarning, match="skipped"):
+        pack(source, out, policy="skip")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (source / "e001.npz").unlink()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ivideogpt.data.shards.write_json", fail)
+    with pytest.raises(OSError, match="nothing was changed"):
+        pack(source, out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_somebody_elses_tar_is_refused_in_an_unfinished_folder(tmp_path: Path) -> None:
+    source, out = write_episodes(tmp_path / "npz"), tmp_path / "out"
+    interrupted(source, out, 10)
+    (out / "mine.tar").write_bytes(b"precious")
+    with pytest.raises(ValueError, match="holds tar files"):
+        pack(source, out, shard_bytes=SHARD_BYTES)
+    assert (out / "mine.tar").read_bytes() == b"precious"
 
 
 def test_nothing_but_bad_episodes(tmp_path: Path) -> None:
@@ -162,7 +189,6 @@ def read(number: int) -> Episode:
     return Episode(np.full((2, 8, 8, 3), number, np.uint8))
 
 
-@pytest.mark.slow  # a process for each episode that was under way, each of which imports torch
 def test_a_process_that_dies_costs_one_episode() -> None:
     jobs = [(f"e{number}", partial(read, number)) for number in range(9)]
     found = list(encode_all(jobs, None, 2))

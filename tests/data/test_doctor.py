@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from ivideogpt.data.cli import add_parser
 from ivideogpt.data.doctor import LAGS, check, check_leaks, correlations, examine, lag_curve, read_set
 from ivideogpt.data.episode import Episode
 from ivideogpt.data.packing import pack
@@ -22,17 +21,15 @@ Episodes = list[Episode]
 
 
 def moving(seed: int, length: int = 40) -> Episode:
-    """A patch of noise that each action moves: actions[t] makes frame t + 1 out of frame t."""
+    """Noise of which each action replaces as much as it is large: actions[t] makes frame t + 1 out of frame t."""
     rng = np.random.default_rng(seed)
     actions = rng.normal(size=(length, 3)).astype(np.float32) * rng.uniform(0.1, 2.0, (length, 1)).astype(np.float32)
     texture = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     video = np.empty((length, 64, 64, 3), np.uint8)
-    place = np.zeros(2)
     for t in range(length):
         blend = np.clip(np.linalg.norm(actions[t - 1]) / 4, 0.05, 1) if t else 1.0
         fresh = rng.integers(0, 256, texture.shape)
         texture = (texture * (1 - blend) + fresh * blend).astype(np.uint8) if t else texture
-        place += actions[t, :2]
         video[t] = texture
     rewards = rng.uniform(0, 1, length).astype(np.float32)
     rewards[0] = 0
@@ -49,8 +46,8 @@ def findings(episodes: Episodes, **settings: int) -> dict[str, str]:
     return {finding.check: finding.severity for finding in check(readings, **settings)}
 
 
-def changed(episode: Episode, **fields: object) -> Episode:
-    return dataclasses.replace(episode, **fields)  # type: ignore[arg-type]
+def changed(episode: Episode, **fields: Any) -> Episode:
+    return dataclasses.replace(episode, **fields)
 
 
 def test_nothing_in_good_episodes(good: Episodes) -> None:
@@ -166,13 +163,6 @@ def test_real_recordings(shared: Path, tmp_path: Path) -> None:
 # The command
 
 
-def run(*words: str | Path) -> int:
-    parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
-    args = parser.parse_args(["data", "doctor", *map(str, words)])
-    return args.func(args)
-
-
 def write(folder: Path, episodes: Episodes) -> Path:
     with ShardSetWriter(folder) as writer:
         for number, episode in enumerate(episodes):
@@ -180,28 +170,30 @@ def write(folder: Path, episodes: Episodes) -> Path:
     return folder
 
 
-def test_exit_codes_and_json(good: Episodes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(write(tmp_path / "good", good)) == 0
+def test_exit_codes_and_json(
+    run: Callable[..., int], good: Episodes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("doctor", write(tmp_path / "good", good)) == 0
     assert "8 episodes, nothing found" in capsys.readouterr().out
-    assert run(write(tmp_path / "copy", [*good, good[0]])) == 3
+    assert run("doctor", write(tmp_path / "copy", [*good, good[0]])) == 3
     assert "duplicates" in capsys.readouterr().out
     write(tmp_path / "both" / "train", good)
     write(tmp_path / "both" / "heldout", good[1:3])
-    assert run(tmp_path / "both", "--json", tmp_path / "found.json") == 4
+    assert run("doctor", tmp_path / "both", "--json", tmp_path / "found.json") == 4
     record = json.loads((tmp_path / "found.json").read_text())
     assert [(row["check"], row["keys"]) for row in record["findings"]] == [("leak", ["e0", "e1"])]
-    assert run("embedded:train", "--against", "embedded:heldout") == 0
+    assert run("doctor", "embedded:train", "--against", "embedded:heldout") == 0
     assert "embedded:train: " in capsys.readouterr().out
     with pytest.raises(ValueError, match="--stride must be at least 1, got 0"):
-        run(tmp_path / "good", "--stride", "0")
+        run("doctor", tmp_path / "good", "--stride", "0")
 
 
-def test_page(good: Episodes, tmp_path: Path) -> None:
+def test_page(run: Callable[..., int], good: Episodes, tmp_path: Path) -> None:
     folder, page = (
         write(tmp_path / "set", [good[0], changed(good[1], source="<b>x</b>"), good[0]]),
         tmp_path / "page.html",
     )
-    assert run(folder, "--page", page) == 3
+    assert run("doctor", folder, "--page", page) == 3
     text = page.read_text(encoding="utf-8")
     assert "warning: duplicates" in text
     assert "&lt;b&gt;x&lt;/b&gt;" in text and "<b>x</b>" not in text
@@ -210,12 +202,12 @@ def test_page(good: Episodes, tmp_path: Path) -> None:
     assert "http" not in text and "<script" not in text
 
 
-def test_a_record_that_cannot_be_read_is_a_finding(good: Episodes, tmp_path: Path) -> None:
+def test_a_record_that_cannot_be_read_is_a_finding(run: Callable[..., int], good: Episodes, tmp_path: Path) -> None:
     folder = write(tmp_path / "set", good)
     entry = ShardSet(folder).entries[3]
     data = bytearray(entry["path"].read_bytes())
     data[entry["offset"] + entry["size"] // 2] ^= 1
     entry["path"].write_bytes(data)
-    assert run(folder, "--json", tmp_path / "found.json") == 4
+    assert run("doctor", folder, "--json", tmp_path / "found.json") == 4
     (row,) = json.loads((tmp_path / "found.json").read_text())["findings"]
     assert (row["check"], row["keys"]) == ("unreadable", ["e3"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Callable
@@ -12,19 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ivideogpt.data.cli import add_parser
 from ivideogpt.data.formats import FORMATS, guess_format, list_jobs, make_options, option_fields
 from ivideogpt.data.reader import ShardSet, verify_set
 from ivideogpt.data.sources.npz import NpzOptions
 
 FIXTURES = Path(__file__).parent / "fixtures"
-
-
-def run(*words: str | Path) -> int:
-    parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
-    args = parser.parse_args(["data", *map(str, words)])
-    return args.func(args)
 
 
 def robot_hdf5(folder: Path, frames: np.ndarray, layout: str) -> Path:
@@ -100,7 +91,11 @@ def source(shared: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format(
-    source: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    run: Callable[..., int],
+    source: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
     folder, out = source(name), tmp_path / "out"
     words: list[str] = [] if name != "vp2" else ["--format", "vp2"]  # which looks like any HDF5 file
@@ -123,7 +118,7 @@ def test_every_format(
             np.testing.assert_equal(getattr(found, field), getattr(expected, field))
 
 
-def test_options_of_a_format(source: Callable[[str], Path], tmp_path: Path) -> None:
+def test_options_of_a_format(run: Callable[..., int], source: Callable[[str], Path], tmp_path: Path) -> None:
     folder = source("vp2")
     words = ["--format", "vp2", "--split", "train", "--no-next-frame", "--fps", "12.5", "--licence", "MIT"]
     assert run("pack", folder, "--out", tmp_path / "out", "--workers", "1", *words) == 0
@@ -136,7 +131,7 @@ def test_options_of_a_format(source: Callable[[str], Path], tmp_path: Path) -> N
     )
 
 
-def test_every_option_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_option_is_described(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("pack", "--help")
     text = " ".join(capsys.readouterr().out.split())
@@ -184,6 +179,6 @@ def test_options_of_another_format(tmp_path: Path) -> None:
         list_jobs(tmp_path, "video", NpzOptions())
 
 
-def test_shards_take_no_options(tmp_path: Path) -> None:
+def test_shards_take_no_options(run: Callable[..., int], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--fps is not for them"):
         run("pack", "embedded:heldout", "--out", tmp_path / "out", "--fps", "3")

@@ -119,6 +119,12 @@ def test_a_tar_as_a_stream(make_set: Callable[..., Path], tmp_path: Path) -> Non
     assert keys(ShardSet(tmp_path / "pipe")) == ["set-000", "set-001", "set-002"]
 
 
+def test_a_stream_has_no_holdout(make_set: Callable[..., Path], tmp_path: Path) -> None:
+    tar = make_set(episodes=3, per_shard=3) / "episodes-000000.tar"
+    with pytest.raises(ValueError, match="not a stream"):
+        pack(tar, tmp_path / "out", holdout=0.5)
+
+
 def test_a_truncated_stream(make_set: Callable[..., Path], tmp_path: Path) -> None:
     entry = ShardSet(make_set(episodes=3, per_shard=3)).entries[1]
     tar = entry["path"]

@@ -273,6 +273,19 @@ def test_bfloat16_is_near(tokenizer_of: Build, fields: dict[str, Any]) -> None:
     check_equal(tokenizer, PixelDecoder(tokenizer.to(torch.bfloat16)), BFLOAT16_TOLERANCE)  # float32 again on a CPU
 
 
+@needs_kernels
+@pytest.mark.parametrize("fields", SHAPES[:4], ids=lambda fields: "-".join(fields))
+def test_products_of_bfloat16_are_near(tokenizer_of: Build, fields: dict[str, Any]) -> None:
+    tokenizer = tokenizer_of(**fields)
+    decoder = pixel_decoder_for(tokenizer, products=torch.bfloat16)
+    check_equal(tokenizer, decoder, BFLOAT16_TOLERANCE)
+    assert pixel_decoder_for(tokenizer, products=torch.bfloat16) is decoder
+    context, dynamics = some_indices(tokenizer, clips=1, frames=2)
+    frames = decoder.decode(dynamics, decoder.context(context))
+    exact = pixel_decoder_for(tokenizer)
+    assert (frames - exact.decode(dynamics, exact.context(context))).abs().max() > 1e-6  # other products were used
+
+
 def test_a_decoder_keeps_its_weights_and_another_takes_the_new_ones(tokenizer_of: Build) -> None:
     tokenizer = tokenizer_of()
     context, dynamics = some_indices(tokenizer, clips=1, frames=2)

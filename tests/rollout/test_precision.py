@@ -26,7 +26,7 @@ NAMES = ["oxe-64-act-free", "bair-64-act-cond"]
 LIMITS = {
     "float32": (1e-4, 0.0, 1e-8),
     "float16": (1e-2, precision.TIE, 1e-6),
-    "bfloat16": (5e-2, 5e-2, 1e-4),
+    "bfloat16": (5e-2, 1e-2, 1e-4),
     "int8": (2e-1, 1e-1, 1e-3),
 }
 

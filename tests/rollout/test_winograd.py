@@ -50,6 +50,15 @@ def test_products_of_bfloat16(kind: int) -> None:
     assert 1e-4 < error < 2e-2  # other numbers, and eight bits of them
 
 
+def test_products_of_bfloat16_only_where_little_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("float32", "bfloat16", "float16", "int8")
+    half, full = torch.bfloat16, torch.float32
+    monkeypatch.setattr(winograd, "has_bfloat16_products", lambda: True)
+    assert [winograd.pixels_dtype(name) for name in names] == [full, half, full, half]
+    monkeypatch.setattr(winograd, "has_bfloat16_products", lambda: False)
+    assert {winograd.pixels_dtype(name) for name in names} == {full}
+
+
 @needs_kernels
 def test_rounding_to_bfloat16_is_torchs() -> None:
     x = torch.randn(1, 8, 8, 16)

@@ -22,6 +22,7 @@ import torch
 from ivideogpt.data.codec import encode_episode
 from ivideogpt.data.episode import Episode
 from ivideogpt.data.shards import summary
+from ivideogpt.data.sources.frames import Job
 from ivideogpt.data.transforms import fit_uint8
 
 AHEAD = 3
@@ -29,15 +30,14 @@ AHEAD = 3
 
 Read = Callable[[], Episode]
 Encoded = tuple[bytes, dict[str, Any]]
-Named = tuple[str, Read]  # key of an episode, and how to get it
 Done = tuple[str, Encoded | Exception]
 
 
-def encode_all(jobs: Iterable[Named], resize: int | None, workers: int) -> Iterator[Done]:
+def encode_all(jobs: Iterable[Job], resize: int | None, workers: int) -> Iterator[Done]:
     """Every episode's key and record, or the error that kept it from being one.
 
     Args:
-        jobs: With more than one process, what can be pickled.
+        jobs: Keys, and how to get the episodes; with more than one process, what can be pickled.
         resize: Centre-crop and resize the frames to this many pixels; None leaves them.
         workers: Processes; 1 reads in this one.
     """
@@ -45,7 +45,7 @@ def encode_all(jobs: Iterable[Named], resize: int | None, workers: int) -> Itera
         for key, read in jobs:
             yield key, encode(read, resize)
         return
-    waiting, under_way = iter(jobs), deque[tuple[Named, Future[Encoded | Exception]]]()
+    waiting, under_way = iter(jobs), deque[tuple[Job, Future[Encoded | Exception]]]()
     pool = _pool(workers)
     try:
         while True:
@@ -58,8 +58,9 @@ def encode_all(jobs: Iterable[Named], resize: int | None, workers: int) -> Itera
                 result = future.result()
             except BrokenProcessPool:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for job, _ in under_way:
-                    yield job[0], _alone(job[1], resize)
+                for (name, read), other in under_way:
+                    finished = other.done() and not other.cancelled() and other.exception() is None
+                    yield name, other.result() if finished else _alone(read, resize)
                 under_way.clear()
                 pool = _pool(workers)
                 continue

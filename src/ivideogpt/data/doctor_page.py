@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
@@ -15,6 +14,7 @@ from PIL import Image
 
 from ivideogpt.data.doctor import LAGS, Finding, Reading, lag_curve
 from ivideogpt.data.reader import ShardSet
+from ivideogpt.drawing import png_bytes
 
 STRIPS = 8
 """Episodes that are shown: those that findings are about, then others evenly spread."""
@@ -96,9 +96,8 @@ def _strip(frames: np.ndarray) -> str:
     """Frames (T, H, W, 3) side by side, as a PNG in a data address."""
     strip = Image.fromarray(np.concatenate(list(frames), axis=1))
     width = round(strip.width * STRIP_HEIGHT / strip.height)
-    stream = io.BytesIO()
-    strip.resize((width, STRIP_HEIGHT), Image.Resampling.BILINEAR).save(stream, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    content = png_bytes(strip.resize((width, STRIP_HEIGHT), Image.Resampling.BILINEAR))
+    return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def _histograms(readings: Sequence[Reading], shards: ShardSet, number_of: dict[str, int]) -> list[dict[str, Any]]:

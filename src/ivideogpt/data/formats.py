@@ -93,7 +93,7 @@ def describe_option(option: str) -> str:
     """What an option is for, from the documentation of the first format that has it, and the formats that do."""
     names = option_fields()[option]
     text = re.search(
-        rf"^ {{8}}{option}: (.+?)(?=^ {{8}}\w+: |\Z)", FORMATS[names[0]].options_class().__doc__, re.M | re.S
+        rf"^ {{8}}{option}: (.+?)(?=^ {{8}}\w+: |\Z)", FORMATS[names[0]].options_class().__doc__ or "", re.M | re.S
     )
     words = " ".join(text.group(1).split()) if text else ""
     everywhere = len(names) == len(FORMATS)
@@ -152,9 +152,8 @@ def guess_format(source: str | Path) -> str:
     path = Path(source)
     if not path.exists():
         raise ValueError(f"{source} does not exist")
-    files = list(islice(_files(path), LOOKED_AT))
     found: dict[str, Path] = {}
-    for file in files:
+    for file in islice(_files(path), LOOKED_AT):
         kind = _kind(file)
         if kind is not None:
             found.setdefault(kind, file)

@@ -29,9 +29,8 @@ from ivideogpt.data.shards import (
     ShardSetWriter,
     package_version,
 )
-from ivideogpt.data.sources.frames import Job
+from ivideogpt.data.sources.frames import Job, failing
 
-QUARANTINE = "quarantine.jsonl"
 SET, STREAM = "shards", "stream"
 
 
@@ -103,11 +102,10 @@ def pack(
         raise ValueError(f"at least 1 worker is needed, got {workers}")
     text = os.fspath(source)
     jobs, total, name = _jobs(text, format, options, policy, allow)
-    held_out = _held_out(total, holdout) if total is not None or not holdout else None
-    if held_out is None:  # their number is known when they have been listed
+    if holdout and total is None and name != STREAM:  # their number is known when they have been listed
         jobs = list(jobs)
         total = len(jobs)
-        held_out = _held_out(total, holdout)
+    held_out = _held_out(total, holdout)
     out = Path(out)
     report = PackReport([out / "train", out / "heldout"] if holdout else [out], format=name)
     inside = name in (SET, STREAM)
@@ -127,14 +125,13 @@ def pack(
             for number, (job_name, read) in enumerate(jobs):
                 key = job_name if inside else keys.legal(job_name)
                 writer = writers[int(number in held_out)]
-                frames = writer.restored.get(key)
-                if frames is None:
+                if key in writer.restored:
+                    report.resumed += 1
+                    report.episodes += 1
+                    report.frames += writer.restored[key]
+                else:
                     here[key] = number
                     yield key, read
-                    continue
-                report.episodes, report.frames, report.resumed = (
-                    report.episodes + 1, report.frames + frames, report.resumed + 1
-                )  # fmt: skip
 
         for key, result in encode_all(left(), resize, 1 if inside else workers):
             number = here.pop(key)
@@ -155,18 +152,8 @@ def pack(
         if report.skipped and not report.episodes:
             key, reason = report.skipped[0]
             raise ValueError(f"all {len(report.skipped)} episodes of {source} are bad, the first, {key}: {reason}")
-        _quarantine(writers[0], report.skipped)
+        writers[0].quarantine = [{"key": key, "reason": reason} for key, reason in report.skipped]
     return report
-
-
-def _quarantine(writer: ShardSetWriter, skipped: list[tuple[str, str]]) -> None:
-    """Names what was left out beside the manifest, and counts it in there."""
-    path = writer.out / QUARANTINE
-    path.unlink(missing_ok=True)
-    if skipped:
-        lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in skipped]
-        path.write_text("".join(lines), encoding="utf-8")
-    writer.extra["quarantine"] = {"episodes": len(skipped), "file": QUARANTINE if skipped else None}
 
 
 def _held_out(total: int | None, share: float) -> set[int]:
@@ -217,9 +204,6 @@ def _of_stream(url: str) -> Iterator[Job]:
     """Episodes of one tar through WebDataset; `url` must have passed `refuse_commands`."""
     from webdataset.gopen import gopen
 
-    def bad(reason: str) -> Episode:
-        raise ValueError(reason)
-
     count = 0
     try:
         with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
@@ -233,9 +217,9 @@ def _of_stream(url: str) -> Iterator[Job]:
                     yield key, partial(decode_episode, data)
                 else:
                     reason = f"{url}: member name {key!r} is not allowed (letters, digits, '-' and '_' only)"
-                    yield f"member {count}", partial(bad, reason)
+                    yield f"member {count}", partial(failing, reason)
     except (tarfile.TarError, EOFError, OSError) as error:
-        yield f"the rest after member {count}", partial(bad, f"{url}: not a whole tar file: {error}")
+        yield f"the rest after member {count}", partial(failing, f"{url}: not a whole tar file: {error}")
 
 
 class _Keys:

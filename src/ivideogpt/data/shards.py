@@ -28,6 +28,7 @@ from ivideogpt.data.episode import Episode
 FORMAT = "ivideogpt-shards"
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+QUARANTINE = "quarantine.jsonl"
 MEMBER_SUFFIX = ".safetensors"
 SHARD_BYTES = 256 * 2**20
 SHARD_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar\Z")  # a plain file name
@@ -53,6 +54,8 @@ class ShardSetWriter:
 
     Attributes:
         restored: Keys of the episodes that were found in shards of an earlier try, in order, with their frames.
+        quarantine: Rows of JSON about what was left out; set before the block is left. They go into a file beside the
+            manifest, which counts them.
 
     Raises:
         ValueError: There is a set already and `overwrite` is False, or a bad name.
@@ -74,8 +77,9 @@ class ShardSetWriter:
             raise ValueError(f"shard name {name!r} may hold letters, digits, '-' and '_' only")
         if (self.out / MANIFEST).exists() and not overwrite:
             raise ValueError(f"{self.out} holds a shard set already; choose another folder or overwrite it")
-        unfinished = resume is not None and any(self.out.glob(f".{name}-*.json.partial"))
-        if not (overwrite or unfinished) and any(self.out.glob("*.tar")):
+        rows = self.out.glob(f".{name}-*.json.partial") if resume is not None else ()
+        unfinished = {row.name[1:].replace(".json.partial", ".tar") for row in rows}  # may be renamed already
+        if not overwrite and any(path.name not in unfinished for path in self.out.glob("*.tar")):
             raise ValueError(f"{self.out} holds tar files; choose another folder or overwrite it")
         self.name, self.shard_bytes, self.shard_episodes = name, shard_bytes, shard_episodes
         self.command = command
@@ -88,6 +92,7 @@ class ShardSetWriter:
         self._tar: Any = None  # webdataset.TarWriter
         self._made_folder = False
         self.resume, self.restored = resume, dict[str, int]()
+        self.quarantine: list[dict[str, str]] = []
 
     def __enter__(self) -> ShardSetWriter:
         self._made_folder = not self.out.exists()
@@ -203,7 +208,13 @@ class ShardSetWriter:
         for index, (name, shard) in enumerate(zip(names, self._shards, strict=True)):
             os.replace(self._partial(index), self.out / name)
             self._shards[index] = {"name": name} | shard
+        aside = self.out / f".{QUARANTINE}.partial"
+        aside.write_text("".join(json.dumps(row) + "\n" for row in self.quarantine), encoding="utf-8")
         write_json(self.out / MANIFEST, self._manifest())
+        if self.quarantine:
+            os.replace(aside, self.out / QUARANTINE)
+        else:
+            (self.out / QUARANTINE).unlink(missing_ok=True)
         ours = re.compile(rf"{self.name}(-[0-9a-f]{{8}})?-\d{{6}}\.tar\Z")  # also what a killed writer left unlisted
         for path in self.out.glob("*.tar"):
             if path.name not in names and (path.name in old or ours.match(path.name)):
@@ -256,6 +267,7 @@ class ShardSetWriter:
             "sources": sources,
             "licences": sorted({member["licence"] for member in members}),
             "statistics": {name: stats.result() for name, stats in self._stats.items()},
+            "quarantine": {"episodes": len(self.quarantine), "file": QUARANTINE if self.quarantine else None},
             "extra": self.extra,
             "shards": self._shards,
         }

@@ -51,7 +51,8 @@ def add(commands: _SubParsersAction) -> None:
 
 def _pack(args: Namespace) -> int:
     from ivideogpt.data.formats import guess_format
-    from ivideogpt.data.packing import QUARANTINE, is_set_or_stream, pack
+    from ivideogpt.data.packing import is_set_or_stream, pack
+    from ivideogpt.data.shards import QUARANTINE
 
     given = {option: getattr(args, option) for option in option_fields()}
     name, options = args.format, None

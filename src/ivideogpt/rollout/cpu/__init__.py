@@ -2,6 +2,6 @@
 
 from ivideogpt.rollout.cpu.build import load_kernel, why_unavailable
 from ivideogpt.rollout.cpu.decoder import KernelDecoder, supported
-from ivideogpt.rollout.cpu.prefill import has_bfloat16_products, pixels_dtype
+from ivideogpt.rollout.cpu.winograd import pixels_dtype
 
-__all__ = ["KernelDecoder", "has_bfloat16_products", "load_kernel", "pixels_dtype", "supported", "why_unavailable"]
+__all__ = ["KernelDecoder", "load_kernel", "pixels_dtype", "supported", "why_unavailable"]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ivideogpt.models.transformer import Attention, Block, RMSNorm, SwiGLU, Transformer
 from ivideogpt.rollout.cpu import packing
 from ivideogpt.rollout.cpu.build import load_kernel, why_unavailable
-from ivideogpt.rollout.cpu.prefill import context_dtype, context_keys_values
+from ivideogpt.rollout.cpu.prefill import context_keys_values
 from ivideogpt.rollout.decoder import Branch, Sampled
 from ivideogpt.rollout.sampling import Sampling
 
@@ -147,7 +147,7 @@ class KernelDecoder:
         assert transformer is not None, "the transformer that this decoder was made from is gone"
         clips, length = tokens.shape
         keys, values = self._empty(clips, length), self._empty(clips, length)
-        for layer, (k, v) in enumerate(context_keys_values(transformer, tokens, context_dtype(self.precision))):
+        for layer, (k, v) in enumerate(context_keys_values(transformer, tokens)):
             packing.pack_keys(k, keys[layer])
             packing.pack_values(v, values[layer])
         return KernelPrefix(keys, values, clips, length)
