@@ -158,12 +158,16 @@ def option_fields() -> dict[str, list[str]]:
 def describe_option(option: str) -> str:
     """What an option is for, from the documentation of the first format that has it, and the formats that do."""
     names = option_fields()[option]
-    text = re.search(
-        rf"^ {{8}}{option}: (.+?)(?=^ {{8}}\w+: |\Z)", FORMATS[names[0]].options_class().__doc__, re.M | re.S
-    )
-    words = " ".join(text.group(1).split()) if text else ""
     everywhere = len(names) == len(FORMATS)
-    return f"{words.rstrip('.')} [{'every format' if everywhere else ', '.join(names)}]".replace("%", "%%")
+    words = document_option(names[0], option).rstrip(".")
+    return f"{words} [{'every format' if everywhere else ', '.join(names)}]".replace("%", "%%")
+
+
+def document_option(name: str, option: str) -> str:
+    """What an option is for in a format, from the documentation of its options class."""
+    documented = FORMATS[name].options_class().__doc__ or ""
+    text = re.search(rf"^ {{8}}{option}: (.+?)(?=^ {{8}}\w+: |\Z)", documented, re.M | re.S)
+    return " ".join(text.group(1).split()) if text else ""
 
 
 def is_flag(option: str) -> bool:
