@@ -139,6 +139,7 @@ def test_workers_end_with_a_killed_parent(source: Path, tmp_path: Path) -> None:
     assert not [child for child in children if Path(f"/proc/{child}").exists()]
 
 
+@pytest.mark.slow
 def test_killed_while_the_sets_are_made(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     """A kill after every single renaming of a shard or a manifest."""
     script = tmp_path / "commit.py"
@@ -238,7 +239,7 @@ def test_a_process_that_dies_costs_one_episode(tmp_path: Path) -> None:
     rows = [found[number] for number in range(3)]
     assert rows[1:] == [Row(3, 6, []), Row(2, 4, [])]
     assert rows[0] == Row(3, 6, [{"key": "e3", "reason": CRASHED, "kind": "ChildProcessError"}])
-    assert not list(tmp_path.glob("*.partial")) or all("unit-000000" in p.name for p in tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_cameras_of_a_recording_stay_together(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def run_processes(
                 try:
                     message = process.pipe.recv()
                 except (EOFError, OSError):  # it died
-                    process.died()
+                    process.died(folder)
                     process.give(unit, process.deaths, folder, settings)
                     continue
                 if isinstance(message, int):
@@ -95,9 +95,11 @@ class _Process:
         self.process.start()
         theirs.close()
 
-    def died(self) -> None:
+    def died(self, folder: Path) -> None:
         """Notes the episode that was read, and starts another process in place of this one."""
         self.kill()
+        for aside in folder.glob(f".*.{self.process.pid}.partial"):
+            aside.unlink(missing_ok=True)
         if self.index is not None:
             self.deaths[self.index] += 1
         else:
