@@ -22,11 +22,19 @@ import os, signal, sys, threading, time
 from pathlib import Path
 from ivideogpt.data.packing import pack
 
+def ours(process):
+    # whether this process started it, or one that it started: there may be other clusters on the machine
+    while process > 1:
+        if process == os.getpid():
+            return True
+        process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    return False
+
 def tasks():
     # processes of Ray that convert: it names them after the function
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"ray::_task" in line.read_bytes():
+            if b"ray::_task" in line.read_bytes() and ours(int(line.parent.name)):
                 yield int(line.parent.name)
         except OSError:
             pass
@@ -34,10 +42,9 @@ def tasks():
 def kill_one():
     while True:
         for process in tasks():
-            if os.getpgid(process) == os.getpgid(0) or True:
-                os.kill(process, signal.SIGKILL)
-                print("killed", flush=True)
-                return
+            os.kill(process, signal.SIGKILL)
+            print("killed", flush=True)
+            return
         time.sleep(0.005)
 
 if __name__ == "__main__":
@@ -63,7 +70,8 @@ def test_a_killed_worker(tmp_path: Path) -> None:
     words = [sys.executable, str(script), str(source), str(tmp_path / "ray"), str(SHARD_BYTES)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["killed", "packed", "24", "1"]
+    told = [line for line in done.stdout.splitlines() if line.startswith(("killed", "packed"))]
+    assert told == ["killed", "packed 24 1"]  # Ray itself tells of the death between them
     with pytest.warns(UserWarning, match="bad skipped"):
         pack(source, tmp_path / "one", shard_bytes=SHARD_BYTES, policy="skip")
     assert hashes(tmp_path / "ray") == hashes(tmp_path / "one")
