@@ -83,7 +83,8 @@ def _pack(args: Namespace) -> int:
     from ivideogpt.data.packing import is_set_or_stream, pack
 
     given = {option: getattr(args, option) for option in option_fields()}
-    name, options, cameras = args.format, None, []
+    name, options = args.format, None
+    cameras: list[str] = []
     if is_set_or_stream(args.folder, args.allow):
         named = [option for option, value in given.items() if value is not None]
         if named or name:

@@ -18,7 +18,7 @@ from ivideogpt.data.codec import decode_episode
 from ivideogpt.data.episode import Episode
 from ivideogpt.data.formats import FORMATS, choose_views, guess_format, list_jobs
 from ivideogpt.data.manifest import MANIFEST
-from ivideogpt.data.reader import EMBEDDED, ShardSet, refuse_commands, resolve_source
+from ivideogpt.data.reader import EMBEDDED, ShardError, ShardSet, refuse_commands, resolve_source
 from ivideogpt.data.shards import KEY_PATTERN, MEMBER_SUFFIX
 from ivideogpt.data.sources.frames import Job, failing, files_of, stamp
 from ivideogpt.data.sources.tfrecord import RecordJobs
@@ -227,7 +227,7 @@ def _read_of_set(source: str, index: int) -> Episode:
         warnings.simplefilter("ignore")
         episode = shards.episode(index)
     if episode is None:
-        raise ValueError(shards.skipped[shards.key(index)])
+        raise ShardError(shards.skipped[shards.key(index)])
     return episode
 
 
