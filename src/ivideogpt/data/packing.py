@@ -15,7 +15,7 @@ from ivideogpt.data.conversion.listing import SET, STREAM, is_set_or_stream, lis
 from ivideogpt.data.conversion.local import Done, run_here, run_processes
 from ivideogpt.data.conversion.plan import Settings, Unit, make_plan
 from ivideogpt.data.conversion.staging import Staging
-from ivideogpt.data.conversion.unit import CannotWriteError, Row
+from ivideogpt.data.conversion.unit import CannotWriteError, Row, Writing
 from ivideogpt.data.manifest import MANIFEST, QUARANTINE
 from ivideogpt.data.reader import POLICIES
 from ivideogpt.data.shards import SHARD_BYTES
@@ -154,17 +154,15 @@ def pack(
             if report.missing:
                 return report
             _refuse_mostly_bad(report, text, max_bad)
-            staging.commit(command, {})
-        except OSError as error:
-            if isinstance(error, CannotWriteError) or error.filename is None:
-                reason = error.strerror or str(error)
-                raise OSError(
-                    error.errno,
-                    f"could not write the shard set ({reason}); what was finished is kept, so make room and give the "
-                    "same command again",
-                    str(out),
-                ) from error
-            raise
+            with Writing(out):
+                staging.commit(command, {})
+        except CannotWriteError as error:
+            raise OSError(
+                error.errno,
+                f"could not write the shard set ({error.strerror}); what was finished is kept, so make room and give "
+                "the same command again",
+                str(out),
+            ) from error
         except ValueError:
             if not any(row.episodes for row in rows.values()):  # nothing worth going on with
                 staging.remove(with_folders=True)

@@ -99,7 +99,7 @@ def convert_unit(
                 reason = str(error) or type(error).__name__
                 quarantine.append({"key": key, "reason": reason, "kind": type(error).__name__})
                 continue
-            with _Writing(folder):
+            with Writing(folder):
                 if writer is None:
                     writer = ShardWriter(shard_file(folder, unit.number, len(rows)))
                 writer.write_encoded(key, data, info)
@@ -107,7 +107,7 @@ def convert_unit(
                     rows.append(writer.close())
                     writer = None
         at(index + 1)
-        with _Writing(folder):
+        with Writing(folder):
             if writer is not None:
                 rows.append(writer.close())
             members = [member for row in rows for member in row.members]
@@ -121,7 +121,7 @@ def convert_unit(
     return row
 
 
-class _Writing:
+class Writing:
     """Tells a failure to write from a failure to read."""
 
     def __init__(self, folder: Path) -> None:
