@@ -19,10 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
 import torch
 
+if not __package__:  # run as a file: the folder above holds the package `benchmarks`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
 from ivideogpt.data.conversion.listing import Listing, Piece
 from ivideogpt.data.conversion.local import run_here
 from ivideogpt.data.conversion.plan import Settings, make_plan
