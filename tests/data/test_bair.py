@@ -50,7 +50,7 @@ def test_jobs_of_a_folder(tmp_path: Path) -> None:
     assert all(KEY_PATTERN.match(key) for key in keys)
     assert [len(read()) for _, read in found] == [30, 4, 30, 4]
     assert found[0][1]().metadata["record"] == keys[0]
-    assert next(bair_jobs(FIXTURES / "bair")[0])[0] == "train_traj_0_to_1-00000"
+    assert next(iter(bair_jobs(FIXTURES / "bair")[0]))[0] == "train_traj_0_to_1-00000"
 
 
 def test_refused(tmp_path: Path) -> None:

@@ -1,10 +1,8 @@
-"""Conversion: the same shards from any number of processes and after a kill; what is bad is named and left out."""
+"""Conversion: the same shards from any number of processes or parts and after a kill; nothing lost or doubled."""
 
 from __future__ import annotations
 
-import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -15,13 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ivideogpt.data.conversion import encode_all
+from ivideogpt.data.conversion.listing import Piece
+from ivideogpt.data.conversion.local import run_processes
+from ivideogpt.data.conversion.plan import Settings, Unit
+from ivideogpt.data.conversion.staging import STAGING
+from ivideogpt.data.conversion.unit import CRASHED, Row
 from ivideogpt.data.episode import Episode
 from ivideogpt.data.packing import pack
 from ivideogpt.data.reader import ShardSet, verify_set
-from ivideogpt.data.shards import QUARANTINE
 
 SHARD_BYTES = 30_000  # some three episodes
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def write_episodes(folder: Path, count: int = 12) -> Path:
@@ -34,184 +36,233 @@ def write_episodes(folder: Path, count: int = 12) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    manifest = json.loads(files["manifest.json"])
-    del manifest["command"]
-    return files | {"manifest.json": json.dumps(manifest).encode()}
+    """Every file below a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_any_number_of_processes(tmp_path: Path) -> None:
-    source = write_episodes(tmp_path / "npz")
-    pack(source, tmp_path / "one", shard_bytes=SHARD_BYTES, holdout=0.2)
-    pack(source, tmp_path / "three", shard_bytes=SHARD_BYTES, holdout=0.2, workers=3)
-    for part in ("train", "heldout"):
-        assert content(tmp_path / "one" / part) == content(tmp_path / "three" / part)
-    assert len(list((tmp_path / "one" / "train").glob("*.tar"))) > 2
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_episodes(tmp_path_factory.mktemp("source") / "npz")
 
 
-SCRIPT = """
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one process makes of the source without being disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    report = pack(source, out, shard_bytes=SHARD_BYTES, holdout=0.2)
+    assert (report.episodes, report.resumed, report.missing) == (12, 0, 0)
+    assert len(list((out / "train").glob("*.tar"))) > 2
+    assert verify_set(out / "train") == verify_set(out / "heldout") == []
+    return content(out)
+
+
+def test_any_number_of_processes(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    seen: list[tuple[int, int | None]] = []
+    pack(source, tmp_path / "out", shard_bytes=SHARD_BYTES, holdout=0.2, workers=3, progress=lambda *x: seen.append(x))
+    assert content(tmp_path / "out") == whole
+    assert seen[-1] == (12, 12) or max(seen) == (12, 12)
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+def test_parts(source: Path, whole: dict[str, bytes], tmp_path: Path, order: tuple[int, ...]) -> None:
+    out = tmp_path / "out"
+    for number in order:
+        assert not list(out.rglob("manifest.json"))
+        report = pack(source, out, shard_bytes=SHARD_BYTES, holdout=0.2, part=(number, 3))
+        assert (report.missing == 0) == (number == order[-1])
+    assert content(out) == whole
+    assert pack(source, out, shard_bytes=SHARD_BYTES, holdout=0.2, part=(1, 3)).found
+
+
+def test_a_run_without_a_part_finishes_what_is_missing(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = pack(source, out, shard_bytes=SHARD_BYTES, holdout=0.2, part=(2, 3))
+    report = pack(source, out, shard_bytes=SHARD_BYTES, holdout=0.2)
+    assert 0 < report.resumed == first.episodes < report.episodes == 12
+    assert content(out) == whole
+
+
+PACK = """
 import sys, time
-from ivideogpt.data import packing
 from ivideogpt.data.packing import pack
 
 def slowly(done, total):
     print(done, flush=True)
-    time.sleep(0.2)
+    time.sleep(0.1)
 
-pack(sys.argv[1], sys.argv[2], shard_bytes=int(sys.argv[3]), holdout=0.2, progress=slowly)
+if __name__ == "__main__":
+    part = tuple(map(int, sys.argv[5:])) or None
+    pack(sys.argv[1], sys.argv[2], shard_bytes=int(sys.argv[3]), holdout=0.2, progress=slowly, workers=int(sys.argv[4]),
+         part=part)
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_and_resumed(tmp_path: Path, how: signal.Signals) -> None:
-    source, out = write_episodes(tmp_path / "npz"), tmp_path / "out"
-    words = [sys.executable, "-c", SCRIPT, str(source), str(out), str(SHARD_BYTES)]
-    with subprocess.Popen(
+def started(source: Path, out: Path, workers: int, *part: int) -> subprocess.Popen[str]:
+    script = out.parent / "convert.py"
+    script.write_text(PACK)
+    words = [sys.executable, str(script), str(source), str(out), str(SHARD_BYTES), str(workers), *map(str, part)]
+    return subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:  # fmt: skip
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 1), (signal.SIGINT, 1), (signal.SIGKILL, 2)])
+def test_killed_and_resumed(
+    source: Path, whole: dict[str, bytes], tmp_path: Path, how: signal.Signals, workers: int
+) -> None:
+    out = tmp_path / "out"
+    with started(source, out, workers) as process:
         assert process.stdout is not None
-        while int(process.stdout.readline()) < 8:
+        while not list((out / STAGING).glob("unit-*.json")) or int(process.stdout.readline()) < 5:
             pass
         process.send_signal(how)
-    assert not (out / "train" / "manifest.json").exists()
-    assert not list(out.rglob("[!.]*.tar"))
-    staged = list((out / "train").glob(".*.tar.partial"))
-    assert staged
+    assert not list(out.rglob("manifest.json"))
+    assert {path.parent.name for path in out.rglob("*.tar")} <= {STAGING}
     report = pack(source, out, shard_bytes=SHARD_BYTES, holdout=0.2)
-    assert 0 < report.resumed < 8
-    assert report.episodes == 12
-    pack(source, tmp_path / "whole", shard_bytes=SHARD_BYTES, holdout=0.2)
-    for part in ("train", "heldout"):
-        assert content(out / part) == content(tmp_path / "whole" / part)
-        assert not list((out / part).glob(".*"))
+    assert report.resumed > 0
+    assert content(out) == whole
 
 
-def interrupted(source: Path, out: Path, after: int) -> None:
-    def stop(done: int, total: int | None) -> None:
-        if done == after:
-            raise KeyboardInterrupt
+def test_workers_end_with_a_killed_parent(source: Path, tmp_path: Path) -> None:
+    with started(source, tmp_path / "out", 2) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        children = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        process.kill()
+    assert len(children) >= 2
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
 
-    with pytest.raises(KeyboardInterrupt):
-        pack(source, out, shard_bytes=SHARD_BYTES, progress=stop)
+
+@pytest.mark.slow
+def test_killed_while_the_sets_are_made(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """A kill after every single renaming of a shard or a manifest."""
+    script = tmp_path / "commit.py"
+    script.write_text(
+        "import os, sys\nfrom ivideogpt.data.packing import pack\nmove, left = os.replace, [int(sys.argv[4])]\n"
+        "def replace(a, b):\n    move(a, b)\n    if '.staging' not in str(b):\n        left[0] -= 1\n"
+        "        if left[0] == 0:\n            os.kill(os.getpid(), 9)\n"
+        "os.replace = replace\npack(sys.argv[1], sys.argv[2], shard_bytes=int(sys.argv[3]), holdout=0.2)\n"
+    )
+    renamed = len(whole)  # shards and manifests
+    for count in range(1, renamed + 1):
+        out = tmp_path / f"out{count}"
+        words = [sys.executable, str(script), str(source), str(out), str(SHARD_BYTES), str(count)]
+        assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+        pack(source, out, shard_bytes=SHARD_BYTES, holdout=0.2)
+        assert content(out) == whole, count
 
 
-def test_other_words_or_a_damaged_shard_begin_anew(tmp_path: Path) -> None:
-    source, out = write_episodes(tmp_path / "npz"), tmp_path / "out"
-    interrupted(source, out, 10)
-    assert pack(source, tmp_path / "out", shard_bytes=SHARD_BYTES, resize=16).resumed == 0
-    out = tmp_path / "again"
-    interrupted(source, out, 10)
-    shard = min(out.glob(".*.tar.partial"))
-    data = bytearray(shard.read_bytes())
-    data[700] ^= 1
-    shard.write_bytes(data)
-    assert pack(source, out, shard_bytes=SHARD_BYTES).resumed == 0
+def test_the_same_again_does_nothing(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack(source, out, shard_bytes=SHARD_BYTES, holdout=0.2)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    report = pack(source, out, shard_bytes=SHARD_BYTES, holdout=0.2)
+    assert (report.found, report.episodes, report.frames) == (True, 12, 72)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    with pytest.raises(ValueError, match="holds a shard set already"):
+        pack(source, out, shard_bytes=SHARD_BYTES, holdout=0.2, resize=16)
+    assert not pack(source, out, shard_bytes=SHARD_BYTES, holdout=0.2, overwrite=True).found
+    assert [len(ShardSet(out / part)) for part in ("train", "heldout")] == [10, 2]
+    assert verify_set(out / "train") == []
+
+
+def half(source: Path, out: Path) -> None:
+    assert pack(source, out, shard_bytes=SHARD_BYTES, part=(1, 2)).missing
+
+
+def test_what_is_staged_differs(source: Path, tmp_path: Path) -> None:
+    mine, out = tmp_path / "npz", tmp_path / "out"
+    write_episodes(mine)
+    half(mine, out)
+    with pytest.raises(ValueError, match=r"unfinished conversion: resize was None, now 16; .*--overwrite"):
+        pack(mine, out, shard_bytes=SHARD_BYTES, resize=16)
+    os.utime(mine / "e003.npz", (1, 1))
+    with pytest.raises(ValueError, match="its files were changed"):
+        pack(mine, out, shard_bytes=SHARD_BYTES)
+    (mine / "e001.npz").unlink()
+    with pytest.raises(ValueError, match="episodes was 12, now 11"):
+        pack(mine, out, shard_bytes=SHARD_BYTES)
+    report = pack(mine, out, shard_bytes=SHARD_BYTES, overwrite=True)
+    assert (report.episodes, report.resumed) == (11, 0)
     assert verify_set(out) == []
 
 
-def test_killed_between_the_shards_and_the_manifest(tmp_path: Path) -> None:
-    source, out = write_episodes(tmp_path / "npz"), tmp_path / "out"
-    interrupted(source, out, 12)
-    staged = sorted(out.glob(".*.tar.partial"))
-    os.replace(staged[0], out / staged[0].name[1:].removesuffix(".partial"))
-    assert pack(source, out, shard_bytes=SHARD_BYTES).resumed >= 9
-    pack(source, tmp_path / "whole", shard_bytes=SHARD_BYTES)
-    assert content(out) == content(tmp_path / "whole")
+def test_a_damaged_staged_shard_is_made_again(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    half(source, out)
+    shard = min((out / STAGING).glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    pack(source, out, shard_bytes=SHARD_BYTES)
+    assert verify_set(out) == []
+    assert len(ShardSet(out)) == 12
 
 
-def test_a_source_that_lost_what_was_packed(tmp_path: Path) -> None:
-    source, out = write_episodes(tmp_path / "npz"), tmp_path / "out"
-    interrupted(source, out, 10)
-    (source / "e001.npz").unlink()
-    with pytest.raises(ValueError, match="has changed: 1 episodes packed before are not there now; use overwrite"):
-        pack(source, out, shard_bytes=SHARD_BYTES)
-    assert pack(source, out, shard_bytes=SHARD_BYTES, overwrite=True).episodes == 11
+def test_two_at_a_time(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with started(source, out, 1) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(ValueError, match="another process is converting into"):
+            pack(source, out, shard_bytes=SHARD_BYTES, holdout=0.2)
+        process.kill()
+    (tmp_path / "parts").mkdir()
+    out = tmp_path / "parts" / "out"
+    processes = [started(source, out, 1, number, 2) for number in (1, 2)]
+    for process in processes:
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    assert content(out) == whole
 
 
-def test_quarantine(tmp_path: Path) -> None:
-    source, out = write_episodes(tmp_path / "npz", 4), tmp_path / "out"
-    (source / "e001.npz").write_bytes(b"no archive")
-    np.savez(source / "e002.npz", video=np.zeros((3, 8, 8, 3), np.uint8), action=np.array([{}], dtype=object))
-    with pytest.warns(UserWarning, match="skipped"):
-        report = pack(source, out, policy="skip", workers=2)
-    assert [name for name, _ in report.skipped] == ["e001", "e002"]
-    lines = [json.loads(line) for line in (out / QUARANTINE).read_text().splitlines()]
-    assert [line["key"] for line in lines] == ["e001", "e002"]
-    assert "e001.npz" in lines[0]["reason"]
-    assert ShardSet(out).manifest["quarantine"] == {"episodes": 2, "file": QUARANTINE}
-    for path in source.glob("e00[12].npz"):
-        path.unlink()
-    pack(source, out, overwrite=True)
-    assert not (out / QUARANTINE).exists()
-
-
-def test_a_failed_overwrite_leaves_the_old_quarantine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, out = write_episodes(tmp_path / "npz", 3), tmp_path / "out"
-    (source / "e001.npz").write_bytes(b"no archive")
-    with pytest.warns(UserWarning, match="skipped"):
-        pack(source, out, policy="skip")
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    (source / "e001.npz").unlink()
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("ivideogpt.data.shards.write_json", fail)
-    with pytest.raises(OSError, match="nothing was changed"):
-        pack(source, out, overwrite=True)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-
-
-def test_somebody_elses_tar_is_refused_in_an_unfinished_folder(tmp_path: Path) -> None:
-    source, out = write_episodes(tmp_path / "npz"), tmp_path / "out"
-    interrupted(source, out, 10)
-    (out / "mine.tar").write_bytes(b"precious")
-    with pytest.raises(ValueError, match="holds tar files"):
-        pack(source, out, shard_bytes=SHARD_BYTES)
-    assert (out / "mine.tar").read_bytes() == b"precious"
-
-
-def test_nothing_but_bad_episodes(tmp_path: Path) -> None:
-    source = tmp_path / "npz"
-    source.mkdir()
-    (source / "a.npz").write_bytes(b"x")
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(ValueError, match="all 1 episodes of .* are bad"):
-        pack(source, tmp_path / "out", policy="skip")
-    assert not (tmp_path / "out").exists()
-
-
-def read(number: int) -> Episode:
-    """Episode 3 takes the process down with it, as a decoder that crashes does."""
-    if number == 3:
+def read(number: int, marks: str) -> Episode:
+    """Episode 3 always takes its process down, as a decoder that crashes does; episode 5 only once."""
+    mark = Path(marks) / str(number)
+    if number == 3 or (number == 5 and not mark.exists()):
+        mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.01)
     return Episode(np.full((2, 8, 8, 3), number, np.uint8))
 
 
-def test_a_process_that_dies_costs_one_episode() -> None:
-    jobs = [(f"e{number}", partial(read, number)) for number in range(9)]
-    found = list(encode_all(jobs, None, 2))
-    assert [key for key, _ in found] == [f"e{number}" for number in range(9)]
-    errors = {key: str(result) for key, result in found if isinstance(result, Exception)}
-    assert list(errors) == ["e3"]
-    assert "took its process down" in errors["e3"]
+def test_a_process_that_dies_costs_one_episode(tmp_path: Path) -> None:
+    def unit(number: int, *episodes: int) -> Unit:
+        jobs = tuple((f"e{episode}", partial(read, episode, str(tmp_path))) for episode in episodes)
+        return Unit(number, 0, ((Piece(jobs, len(jobs), 1), None),), len(jobs))
+
+    units = [unit(0, 0, 1, 2, 3), unit(1, 4, 5, 6), unit(2, 7, 8)]
+    found = {done.number: row for done, row in run_processes(units, tmp_path, Settings(), lambda done: None, 2)}
+    rows = [found[number] for number in range(3)]
+    assert rows[1:] == [Row(3, 6, []), Row(2, 4, [])]
+    assert rows[0] == Row(3, 6, [{"key": "e3", "reason": CRASHED, "kind": "ChildProcessError"}])
+    assert not list(tmp_path.glob(".*.partial"))
 
 
-def test_a_full_disk_keeps_full_shards(tmp_path: Path) -> None:
-    source, out = write_episodes(tmp_path / "npz"), tmp_path / "out"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def test_cameras_of_a_recording_stay_together(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = pack(FIXTURES / "bair", out, cameras=["all"], holdout=0.5)
+    sides = []
+    for folder in report.folders:
+        shards = ShardSet(folder)
+        recordings: dict[str, set[str]] = {}
+        for index in range(len(shards)):
+            episode = shards.episode(index)
+            assert episode is not None
+            recordings.setdefault(episode.metadata["recording"], set()).add(episode.camera)
+        assert all(cameras == {"image_aux1", "image_main"} for cameras in recordings.values())
+        sides.append(set(recordings))
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+    again = pack(out / "train", tmp_path / "alone", workers=2)  # the embedded recording of a set is known to it
+    assert again.episodes == 2 * len(sides[0])
 
-    def fill(done: int, total: int | None) -> None:
-        if done == 8:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
 
-    try:
-        with pytest.raises(OSError, match="could not write"):
-            pack(source, out, shard_bytes=SHARD_BYTES, progress=fill)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert pack(source, out, shard_bytes=SHARD_BYTES).resumed >= 6
-    assert verify_set(out) == []
+def test_every_nth_is_held_out(source: Path, tmp_path: Path) -> None:
+    pack(source, tmp_path / "out", holdout_every=5)
+    heldout = ShardSet(tmp_path / "out" / "heldout")
+    assert [heldout.key(index) for index in range(len(heldout))] == ["e004", "e009"]
+    pack(source, tmp_path / "few", holdout_every=100)
+    assert len(ShardSet(tmp_path / "few" / "heldout")) == 1

@@ -182,3 +182,49 @@ def test_options_of_another_format(tmp_path: Path) -> None:
 def test_shards_take_no_options(run: Callable[..., int], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--fps is not for them"):
         run("pack", "embedded:heldout", "--out", tmp_path / "out", "--fps", "3")
+
+
+def test_cameras(run: Callable[..., int], source: Callable[[str], Path], tmp_path: Path) -> None:
+    """Several cameras of a format are an episode each, all of one recording; names that are not there are told."""
+    assert run("pack", FIXTURES / "rlds_robot", "--out", tmp_path / "rlds", "--camera", "all", "--workers", "1") == 0
+    shards = ShardSet(tmp_path / "rlds")
+    one, total = list_jobs(FIXTURES / "rlds_robot", "rlds")
+    seen: dict[str, set[str]] = {}
+    for index in range(len(shards)):
+        episode = shards.episode(index)
+        assert episode is not None
+        seen.setdefault(episode.metadata["recording"], set()).add(episode.camera)
+    assert len(seen) == total == len(list(one))
+    assert all(cameras == {"cameras/wrist", "image", "raw"} for cameras in seen.values())
+
+    words = ["--camera", "image_main", "--camera", "image_aux1", "--workers", "1"]
+    assert run("pack", FIXTURES / "bair", "--out", tmp_path / "bair", *words) == 0
+    assert "--camera image_main --camera image_aux1" in ShardSet(tmp_path / "bair").manifest["command"]
+    folder = source("robonet")
+    assert run("pack", folder, "--out", tmp_path / "net", "--camera", "0", "--resize", "32", "--workers", "1") == 0
+    with pytest.raises(ValueError, match="--camera needs a number for the format 'robonet', got 'wrist'"):
+        run("pack", folder, "--out", tmp_path / "x", "--camera", "wrist")
+    with pytest.raises(ValueError, match=r"'npz' has one camera; formats with several are rlds, bair"):
+        run("pack", source("npz"), "--out", tmp_path / "x", "--camera", "a", "--camera", "b")
+    with pytest.raises(ValueError, match="each may be named once"):
+        run("pack", FIXTURES / "bair", "--out", tmp_path / "x", "--camera", "image_main", "--camera", "image_main")
+
+
+def test_formats_are_listed(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("formats") == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in FORMATS)
+    assert run("formats", "--format", "robonet") == 0
+    assert "--test-list" in capsys.readouterr().out
+
+
+def test_lerobot_is_recognised(tmp_path: Path) -> None:
+    """By its meta/info.json, before the videos in it are taken for recordings of their own."""
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v3.0"}))
+    (tmp_path / "file-000.mp4").touch()
+    if "lerobot" in FORMATS:
+        assert guess_format(tmp_path) == "lerobot"
+    else:
+        with pytest.raises(ValueError, match="format 'lerobot' is not known"):
+            guess_format(tmp_path)

@@ -123,7 +123,7 @@ def steps_of(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_cameras_are_listed(robot: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no camera 'hand'.*\['cameras/wrist', 'image', 'raw'\].*--video-key"):
+    with pytest.raises(ValueError, match=r"has no camera 'hand'.*\['cameras/wrist', 'image', 'raw'\].*--camera"):
         rlds_jobs(robot, RldsOptions(video_key="hand"))
     with pytest.raises(ValueError, match="has no camera 'depth'"):
         rlds_jobs(robot, RldsOptions(video_key="depth"))

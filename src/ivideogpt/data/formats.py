@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
+import json
 import os
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,28 +24,60 @@ LOOKED_AT = 20_000
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """One format: a line about it, the module that reads it, and the names of its options and of its jobs there."""
+    """One format.
+
+    Args:
+        about: A line about it.
+        module: Name of the module that reads it, imported when it is needed.
+        options: Name of its options class there.
+        jobs: Name of the function that lists its episodes.
+        view: Option that chooses one of several cameras; None for a format with one.
+        cameras: Name of the function that lists them.
+    """
 
     about: str
     module: str
     options: str
     jobs: str
+    view: str | None = None
+    cameras: str = ""
+
+    def there(self) -> bool:
+        """Whether this version has the module."""
+        return importlib.util.find_spec(f"{SOURCES}.{self.module}") is not None
 
     def options_class(self) -> Any:
         """The frozen dataclass of its options."""
         return getattr(importlib.import_module(f"{SOURCES}.{self.module}"), self.options)
 
 
-FORMATS = {
+_LINES = {
     "npz": Format("a folder of .npz files, one an episode", "npz", "NpzOptions", "npz_jobs"),
-    "rlds": Format("RLDS, Open X-Embodiment: a folder of tensorflow-datasets", "rlds", "RldsOptions", "rlds_jobs"),
-    "bair": Format("BAIR robot pushing: softmotion .tfrecords", "bair", "NpzOptions", "bair_jobs"),
-    "hdf5": Format("HDF5: robomimic, robosuite, or any by its keys", "hdf5", "Hdf5Options", "hdf5_jobs"),
-    "vp2": Format("VP2's HDF5 files, with its cameras and masks", "hdf5", "Hdf5Options", "vp2_jobs"),
-    "robonet": Format("RoboNet's HDF5 files", "robonet", "RobonetOptions", "robonet_jobs"),
+    "rlds": Format(
+        "RLDS, Open X-Embodiment: a folder of tensorflow-datasets",
+        "rlds",
+        "RldsOptions",
+        "rlds_jobs",
+        "video_key",
+        "rlds_cameras",
+    ),
+    "bair": Format(
+        "BAIR robot pushing: softmotion .tfrecords", "bair", "NpzOptions", "bair_jobs", "video_key", "bair_cameras"
+    ),
+    "hdf5": Format(
+        "HDF5: robomimic, robosuite, or any by its keys", "hdf5", "Hdf5Options", "hdf5_jobs", "camera", "hdf5_cameras"
+    ),
+    "vp2": Format(
+        "VP2's HDF5 files, with its cameras and masks", "hdf5", "Hdf5Options", "vp2_jobs", "camera", "hdf5_cameras"
+    ),
+    "robonet": Format("RoboNet's HDF5 files", "robonet", "RobonetOptions", "robonet_jobs", "camera", "robonet_cameras"),
     "video": Format("videos or folders of images, actions beside them", "video", "VideoOptions", "video_jobs"),
     "sthsth": Format("Something-Something v2 with its label files", "sthsth", "SthSthOptions", "sthsth_jobs"),
+    "lerobot": Format(
+        "LeRobotDataset v3 folders", "lerobot", "LerobotOptions", "lerobot_jobs", "camera", "lerobot_cameras"
+    ),
 }
+FORMATS = {name: form for name, form in _LINES.items() if form.there()}
 
 
 def known_format(name: str) -> Format:
@@ -76,6 +110,38 @@ def list_jobs(source: str | Path, name: str, options: Any = None) -> tuple[Itera
     return found if isinstance(found, tuple) else (found, len(found))
 
 
+def choose_views(source: str | Path, name: str, options: Any, cameras: Sequence[str]) -> list[Any]:
+    """The options for each camera to read.
+
+    Args:
+        source: The folder or file.
+        name: Its format.
+        options: What all of them share; None for the format's defaults.
+        cameras: Names, or `all` alone; none for the one that the format takes.
+
+    Raises:
+        ValueError: The format has one camera only, a name is given twice, or none can be found.
+    """
+    if not cameras:
+        return [options]
+    form = known_format(name)
+    if form.view is None:
+        several = ", ".join(other for other, line in FORMATS.items() if line.view)
+        raise ValueError(f"a recording of the format {name!r} has one camera; formats with several are {several}")
+    options = form.options_class()() if options is None else options
+    names: list[Any] = list(cameras)
+    if names == ["all"]:
+        names = getattr(importlib.import_module(f"{SOURCES}.{form.module}"), form.cameras)(source, options)
+        if not names:
+            raise ValueError(f"{source}: no recording could be read to see which cameras there are; name them")
+    if len(set(names)) < len(names) or "all" in names:
+        raise ValueError(f"cameras {', '.join(map(str, names))}: each may be named once, `all` only alone")
+    whole = int in _choices(_type(form, form.view))
+    if whole and (wrong := [camera for camera in names if not str(camera).isdecimal()]):
+        raise ValueError(f"--camera needs a number for the format {name!r}, got {wrong[0]!r}")
+    return [dataclasses.replace(options, **{form.view: int(view) if whole else view}) for view in names]
+
+
 # What a person types
 
 
@@ -92,12 +158,16 @@ def option_fields() -> dict[str, list[str]]:
 def describe_option(option: str) -> str:
     """What an option is for, from the documentation of the first format that has it, and the formats that do."""
     names = option_fields()[option]
-    text = re.search(
-        rf"^ {{8}}{option}: (.+?)(?=^ {{8}}\w+: |\Z)", FORMATS[names[0]].options_class().__doc__ or "", re.M | re.S
-    )
-    words = " ".join(text.group(1).split()) if text else ""
     everywhere = len(names) == len(FORMATS)
-    return f"{words.rstrip('.')} [{'every format' if everywhere else ', '.join(names)}]".replace("%", "%%")
+    words = document_option(names[0], option).rstrip(".")
+    return f"{words} [{'every format' if everywhere else ', '.join(names)}]".replace("%", "%%")
+
+
+def document_option(name: str, option: str) -> str:
+    """What an option is for in a format, from the documentation of its options class."""
+    documented = FORMATS[name].options_class().__doc__ or ""
+    text = re.search(rf"^ {{8}}{option}: (.+?)(?=^ {{8}}\w+: |\Z)", documented, re.M | re.S)
+    return " ".join(text.group(1).split()) if text else ""
 
 
 def is_flag(option: str) -> bool:
@@ -157,8 +227,10 @@ def guess_format(source: str | Path) -> str:
         kind = _kind(file)
         if kind is not None:
             found.setdefault(kind, file)
-    if "rlds" in found:
-        return "rlds"
+    for leading in ("rlds", "lerobot"):  # what else is there belongs to them
+        if leading in found and len(found.keys() & {"rlds", "lerobot"}) == 1:
+            known_format(leading)
+            return leading
     if "sthsth" in found:  # its videos stand beside the label files
         found.pop("video", None)
     if not found:
@@ -187,6 +259,8 @@ def _kind(file: Path) -> str | None:
     suffix = file.suffix.lower()
     if file.name == "features.json" and (file.parent / "dataset_info.json").is_file():
         return "rlds"
+    if file.name == "info.json" and file.parent.name == "meta" and _is_lerobot(file):
+        return "lerobot"
     if re.fullmatch(r"traj_\d+_to_\d+\.tfrecords", file.name):
         return "bair"
     if re.fullmatch(r"something-something-v2-\w+\.json", file.name):
@@ -196,6 +270,13 @@ def _kind(file: Path) -> str | None:
     if suffix in SUFFIXES:
         return _hdf5_kind(file)
     return "video" if suffix in (*VIDEO_SUFFIXES, ".webm", *IMAGE_SUFFIXES) else None
+
+
+def _is_lerobot(file: Path) -> bool:
+    try:
+        return "codebase_version" in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _hdf5_kind(file: Path) -> str:

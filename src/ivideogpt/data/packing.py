@@ -3,52 +3,62 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import re
-import tarfile
 import warnings
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ivideogpt.data.codec import decode_episode
-from ivideogpt.data.conversion import encode_all
-from ivideogpt.data.episode import Episode
-from ivideogpt.data.formats import guess_format, list_jobs
-from ivideogpt.data.reader import EMBEDDED, POLICIES, ShardSet, refuse_commands
-from ivideogpt.data.shards import (
-    KEY_PATTERN,
-    MANIFEST,
-    MEMBER_SUFFIX,
-    SHARD_BYTES,
-    ShardSetWriter,
-    package_version,
-)
-from ivideogpt.data.sources.frames import Job, failing
+from ivideogpt.data.conversion.listing import SET, STREAM, is_set_or_stream, list_source, unique_keys
+from ivideogpt.data.conversion.local import Done, run_here, run_processes
+from ivideogpt.data.conversion.plan import Settings, Unit, make_plan
+from ivideogpt.data.conversion.staging import Staging
+from ivideogpt.data.conversion.unit import CannotWriteError, Row, Writing
+from ivideogpt.data.manifest import MANIFEST, QUARANTINE
+from ivideogpt.data.reader import POLICIES
+from ivideogpt.data.shards import SHARD_BYTES
 
-SET, STREAM = "shards", "stream"
+__all__ = ["ENGINES", "QUARANTINE", "SET", "STREAM", "PackReport", "is_set_or_stream", "pack", "unique_keys"]
+
+ENGINES = ("local", "ray")
+MAX_BAD = 0.5
 
 
 @dataclasses.dataclass
 class PackReport:
-    """What was packed: folders written, episodes and frames in them, and (name, reason) of what was left out.
+    """What was packed.
 
-    Attributes:
+    Args:
+        folders: Folders of the sets.
+        episodes: Episodes in them.
+        frames: Their frames.
+        quarantine: Key, reason and kind of each episode that was left out.
         format: What the source was read as.
         resumed: Episodes that an earlier try had packed already.
+        missing: Units that other parts have to convert before the sets can be made; 0: they are made.
+        found: Whether the sets were there already, made in the same way.
     """
 
     folders: list[Path]
     episodes: int = 0
     frames: int = 0
-    skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    quarantine: list[dict[str, str]] = dataclasses.field(default_factory=list)
     format: str = ""
     resumed: int = 0
+    missing: int = 0
+    found: bool = False
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """(key, reason) of what was left out."""
+        return [(line["key"], line["reason"]) for line in self.quarantine]
+
+    def add(self, row: Row) -> None:
+        """Counts a unit."""
+        self.episodes, self.frames = self.episodes + row.episodes, self.frames + row.frames
+        self.quarantine += row.quarantine
 
 
 def pack(
@@ -65,11 +75,17 @@ def pack(
     format: str | None = None,  # noqa: A002
     workers: int = 1,
     shard_bytes: int = SHARD_BYTES,
+    cameras: Sequence[str] = (),
+    holdout_every: int | None = None,
+    max_bad: float = MAX_BAD,
+    part: tuple[int, int] | None = None,
+    engine: str = "local",
 ) -> PackReport:
     """Packs every episode of `source` into shards.
 
-    A conversion that was killed, interrupted or ran out of disk goes on behind its last full shard when it is called
-    in the same way again. The shards do not depend on that, nor on the number of processes.
+    The work is cut into units, by the source and the options alone, so the shards do not depend on who does it. Units
+    that are finished stay in a hidden folder when a conversion is killed, interrupted or runs out of disk, and the same
+    call goes on with the others. The sets appear when all are there.
 
     Args:
         source: Recordings of a known format, a shard set (folder, manifest or `embedded:...`), or the URL of one
@@ -77,175 +93,154 @@ def pack(
         out: Folder of the shard set. With `holdout` the sets are `out/train` and `out/heldout`.
         options: How to read the recordings: what `formats.FORMATS[format].options_class()` makes.
         resize: Centre-crop and resize the frames to this many pixels; None leaves them.
-        holdout: Share of the episodes that is kept apart: at least one, evenly spread over the order of the source.
-        policy: `error` stops at a bad episode and writes nothing; `skip` puts it into quarantine: it is left out and
-            reported, and `quarantine.jsonl` in the first folder names it with the reason.
+        holdout: Share of the recordings that is kept apart: at least one, evenly spread over the order of the source.
+        policy: `error` stops at a bad episode; `skip` puts it into quarantine: it is left out and reported, and
+            `quarantine.jsonl` beside the manifest names it with the reason.
         allow: URLs that may be opened although they run a command (`pipe:` and other schemes), letter by letter.
         overwrite: Replace sets that are there, and begin anew.
         command: The command line to name in the manifest.
-        progress: Called with (episodes done, episodes in all or None) after each.
+        progress: Called with (episodes done, episodes in all or None) now and then.
         format: A name of `formats.FORMATS`; None recognises it where that is safe.
-        workers: Processes that read and encode; sets and streams are read by this one.
-        shard_bytes: A shard is closed when it holds so many.
+        workers: Processes that read and encode; 1 is this one.
+        shard_bytes: A shard is closed when it holds so many, and a unit has about so many bytes of the source.
+        cameras: Cameras to read, or `all`: an episode each, with the same `recording` in the metadata.
+        holdout_every: Instead of `holdout`: every so many-th recording is kept apart.
+        max_bad: Largest share of bad episodes under `skip`.
+        part: (i, n): converts the i-th of n parts, i from 1; the one that ends last makes the sets.
+        engine: `local`, or `ray` for a cluster.
 
     Raises:
-        ValueError: Nothing to pack, nothing but bad episodes, a bad one under `error`, or arguments out of range.
+        ValueError: Nothing to pack, too many bad episodes, one under `error`, arguments out of range, or something
+            else in the folder.
         OSError: The output cannot be written; sets that were there stay whole.
     """
+    _check(resize, holdout, holdout_every, policy, workers, max_bad, part, engine, overwrite)
+    text, out = os.fspath(source), Path(out)
+    settings = Settings(resize, shard_bytes, policy == "error")
+    listing = list_source(text, format, options, cameras, allow, max(shard_bytes // 16, 1))
+    facts = {"options": None if options is None else repr(options), "cameras": list(cameras)}
+    plan = make_plan(listing, settings, holdout, holdout_every, facts)
+    folders = [out / "train", out / "heldout"] if plan.parts == 2 else [out]
+    report = PackReport(folders, format=listing.name)
+    staging = Staging(out, folders, plan, overwrite)
+    if staging.finished:
+        return _found(report)
+    with staging.running(alone=part is None):
+        rows = {unit.number: row for unit in plan.units if (row := staging.row(unit)) is not None}
+        report.resumed = sum(row.episodes for row in rows.values())
+        mine = [unit for unit in plan.units if part is None or unit.number % part[1] == part[0] - 1]
+        left = [unit for unit in mine if unit.number not in rows]
+        done_before = plan.total and sum(unit.episodes for unit in plan.units if unit.number in rows)
+
+        def tell(done: int) -> None:
+            if progress is not None:
+                progress(done + (done_before or 0), plan.total)
+
+        try:
+            if policy == "error":
+                _refuse_bad(rows)
+            with closing(_run(left, staging.folder, settings, tell, workers, engine)) as results:
+                for unit, result in results:
+                    if isinstance(result, Exception):
+                        raise result
+                    rows[unit.number] = result
+                    _warn(result, rows)
+            for unit in plan.units:  # other parts may have finished theirs
+                if unit.number not in rows and (late := staging.row(unit)) is not None:
+                    rows[unit.number] = late
+            for number in sorted(rows):
+                report.add(rows[number])
+            report.missing = len(plan.units) - len(rows)
+            if report.missing:
+                return report
+            _refuse_mostly_bad(report, text, max_bad)
+            with Writing(out):
+                staging.commit(command, {})
+        except CannotWriteError as error:
+            raise OSError(
+                error.errno,
+                f"could not write the shard set ({error.strerror}); what was finished is kept, so make room and give "
+                "the same command again",
+                str(out),
+            ) from error
+        except ValueError:
+            if not any(row.episodes for row in rows.values()):  # nothing worth going on with
+                staging.remove(with_folders=True)
+            raise
+    return report
+
+
+def _check(
+    resize: int | None, holdout: float, every: int | None, policy: str, workers: int, max_bad: float,
+    part: tuple[int, int] | None, engine: str, overwrite: bool,
+) -> None:  # fmt: skip
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r} is not one of {POLICIES}")
+    if engine not in ENGINES:
+        raise ValueError(f"engine {engine!r} is not one of {ENGINES}")
     if not 0 <= holdout < 1:
         raise ValueError(f"holdout must be in [0, 1), got {holdout}")
+    if every is not None and (every < 2 or holdout):
+        raise ValueError(f"holdout_every must be at least 2 and stand without holdout, got {every} and {holdout}")
     if resize is not None and resize < 8:
         raise ValueError(f"resize must be at least 8 pixels, got {resize}")
     if workers < 1:
         raise ValueError(f"at least 1 worker is needed, got {workers}")
-    text = os.fspath(source)
-    jobs, total, name = _jobs(text, format, options, policy, allow)
-    if holdout and total is None and name != STREAM:  # their number is known when they have been listed
-        jobs = list(jobs)
-        total = len(jobs)
-    held_out = _held_out(total, holdout)
-    out = Path(out)
-    report = PackReport([out / "train", out / "heldout"] if holdout else [out], format=name)
-    inside = name in (SET, STREAM)
-    what = [os.path.abspath(text), name, repr(options), resize, holdout, shard_bytes, package_version()]
-    resume = None if overwrite or inside else hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(
-                ShardSetWriter(folder, shard_bytes=shard_bytes, overwrite=overwrite, command=command, resume=resume)
-            )
-            for folder in report.folders
-        ]
-        here: dict[str, int] = {}  # number of each episode that is to be read
+    if not 0 <= max_bad <= 1:
+        raise ValueError(f"max_bad must be in [0, 1], got {max_bad}")
+    if part is not None and not 1 <= part[0] <= part[1]:
+        raise ValueError(f"part {part[0]}/{part[1]} is none of 1/{part[1]} to {part[1]}/{part[1]}")
+    if part is not None and overwrite:
+        raise ValueError("overwrite would remove what other parts have done; remove the old set, then start the parts")
 
-        def left() -> Iterator[Job]:
-            keys = _Keys()
-            for number, (job_name, read) in enumerate(jobs):
-                key = job_name if inside else keys.legal(job_name)
-                writer = writers[int(number in held_out)]
-                if key in writer.restored:
-                    report.resumed += 1
-                    report.episodes += 1
-                    report.frames += writer.restored[key]
-                else:
-                    here[key] = number
-                    yield key, read
 
-        for key, result in encode_all(left(), resize, 1 if inside else workers):
-            number = here.pop(key)
-            if isinstance(result, Exception):
-                if policy == "error":
-                    raise result if isinstance(result, ValueError) else ValueError(f"{key}: {result}") from result
-                report.skipped.append((key, str(result)))
-                warnings.warn(f"{key} skipped ({len(report.skipped)} so far): {result}", stacklevel=2)
-            else:
-                writers[int(number in held_out)].write_encoded(key, *result)
-                report.episodes += 1
-                report.frames += result[1]["frames"]
-            if progress is not None:
-                progress(number + 1, total)
-        gone = sum(len(writer.restored) for writer in writers) - report.resumed
-        if gone:
-            raise ValueError(f"{source} has changed: {gone} episodes packed before are not there now; use overwrite")
-        if report.skipped and not report.episodes:
-            key, reason = report.skipped[0]
-            raise ValueError(f"all {len(report.skipped)} episodes of {source} are bad, the first, {key}: {reason}")
-        writers[0].quarantine = [{"key": key, "reason": reason} for key, reason in report.skipped]
+def _run(
+    units: list[Unit], folder: Path, settings: Settings, tell: Callable[[int], None], workers: int, engine: str
+) -> Generator[Done, None, None]:
+    if engine == "ray":
+        from ivideogpt.data.conversion.on_ray import run_on_ray
+
+        yield from run_on_ray(units, folder, settings, tell, workers)
+    elif workers == 1:
+        yield from run_here(units, folder, settings, tell)
+    else:
+        yield from run_processes(units, folder, settings, tell, workers)
+
+
+def _warn(row: Row, rows: dict[int, Row]) -> None:
+    count = sum(len(other.quarantine) for other in rows.values()) - len(row.quarantine)
+    for number, line in enumerate(row.quarantine, start=count + 1):
+        warnings.warn(f"{line['key']} skipped ({number} so far): {line['reason']}", stacklevel=3)
+
+
+def _refuse_bad(rows: dict[int, Row]) -> None:
+    for number in sorted(rows):
+        for line in rows[number].quarantine:
+            raise ValueError(f"{line['key']}: {line['reason']}")
+
+
+def _refuse_mostly_bad(report: PackReport, source: str, max_bad: float) -> None:
+    bad, total = len(report.quarantine), len(report.quarantine) + report.episodes
+    if bad == 0:
+        return
+    key, reason = report.skipped[0]
+    if not report.episodes:
+        raise ValueError(f"all {bad} episodes of {source} are bad, the first, {key}: {reason}")
+    if bad > max_bad * total:
+        raise ValueError(
+            f"{bad} of {total} episodes of {source} are bad, more than --max-bad {max_bad:g} allows; the first, {key}: "
+            f"{reason}. What was converted is kept: give the same command with a higher --max-bad to use it"
+        )
+
+
+def _found(report: PackReport) -> PackReport:
+    """The report of sets that are there already."""
+    for folder in report.folders:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        report.episodes += manifest["counts"]["episodes"]
+        report.frames += manifest["counts"]["frames"]
+        if (folder / QUARANTINE).is_file():
+            lines = (folder / QUARANTINE).read_text(encoding="utf-8").splitlines()
+            report.quarantine += [json.loads(line) for line in lines]
+    report.found = True
     return report
-
-
-def _held_out(total: int | None, share: float) -> set[int]:
-    """Numbers of the episodes kept apart: evenly spread, the same ones in every run."""
-    if not share:
-        return set()
-    if total is None or total < 2:
-        raise ValueError(f"holdout={share} needs a source of at least 2 episodes whose number is known, not a stream")
-    count = min(max(round(share * total), 1), total - 1)
-    return {int((i + 0.5) * total / count) for i in range(count)}
-
-
-def _jobs(
-    source: str, name: str | None, options: Any, policy: str, allow: Sequence[str]
-) -> tuple[Iterable[Job], int | None, str]:
-    """The episodes of a source in a fixed order, how many there are where that is known, and what it was read as."""
-    if _is_set(source):
-        shards = ShardSet(source, policy)
-        return _of_set(shards), len(shards), SET
-    refuse_commands(source, allow)
-    if is_set_or_stream(source, allow):
-        return _of_stream(source), None, STREAM
-    name = guess_format(source) if name is None else name
-    return *list_jobs(source, name, options), name
-
-
-def is_set_or_stream(source: str, allow: Sequence[str] = ()) -> bool:
-    """Whether `source` is shards of ours already, which say themselves how they are to be read."""
-    return _is_set(source) or source in allow or source.endswith(".tar")
-
-
-def _is_set(source: str) -> bool:
-    path = Path(source)
-    return source.partition(":")[0] == EMBEDDED or path.name == MANIFEST or (path / MANIFEST).is_file()
-
-
-def _of_set(shards: ShardSet) -> Iterator[Job]:
-    def read(index: int) -> Episode:
-        episode = shards.episode(index)
-        if episode is None:  # the set has warned already
-            raise ValueError(shards.skipped[shards.key(index)])
-        return episode
-
-    return ((shards.key(index), partial(read, index)) for index in range(len(shards)))
-
-
-def _of_stream(url: str) -> Iterator[Job]:
-    """Episodes of one tar through WebDataset; `url` must have passed `refuse_commands`."""
-    from webdataset.gopen import gopen
-
-    count = 0
-    try:
-        with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                if file is None or not member.name.endswith(MEMBER_SUFFIX):
-                    continue
-                key, data = member.name.removesuffix(MEMBER_SUFFIX), file.read()
-                count += 1
-                if KEY_PATTERN.match(key):
-                    yield key, partial(decode_episode, data)
-                else:
-                    reason = f"{url}: member name {key!r} is not allowed (letters, digits, '-' and '_' only)"
-                    yield f"member {count}", partial(failing, reason)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        yield f"the rest after member {count}", partial(failing, f"{url}: not a whole tar file: {error}")
-
-
-class _Keys:
-    """A legal and different episode key for each name, in the order that they come in."""
-
-    def __init__(self) -> None:
-        self.seen: set[str] = set()
-
-    def legal(self, name: str) -> str:
-        """Letters, digits, '-' and '_', at most 81 of them."""
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", name.removesuffix(".npz")).lstrip("-") or "episode"
-        if len(stem) > 64:
-            stem = f"{stem[-55:].lstrip('-')}-{zlib.crc32(name.encode()):08x}"
-        key, count = stem, 0
-        while key in self.seen:
-            count += 1
-            key = f"{stem}-{count}"
-        self.seen.add(key)
-        return key
-
-
-def unique_keys(names: Iterable[str]) -> list[str]:
-    """A legal and different episode key for each file name.
-
-    >>> unique_keys(["a/b.npz", "a_b.npz"])
-    ['a_b', 'a_b-1']
-    """
-    keys = _Keys()
-    return [keys.legal(name) for name in names]

@@ -20,15 +20,8 @@ from typing import Any
 
 from ivideogpt.data.codec import CorruptRecordError, Record
 from ivideogpt.data.episode import Episode
-from ivideogpt.data.shards import (
-    FORMAT,
-    KEY_PATTERN,
-    MANIFEST,
-    MEMBER_SUFFIX,
-    SCHEMA_VERSION,
-    SHARD_PATTERN,
-    file_sha256,
-)
+from ivideogpt.data.manifest import FORMAT, MANIFEST, SCHEMA_VERSION, SHARD_PATTERN, file_sha256
+from ivideogpt.data.shards import KEY_PATTERN, MEMBER_SUFFIX
 
 POLICIES = ("error", "skip")
 EMBEDDED = "embedded"

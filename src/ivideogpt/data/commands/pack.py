@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 import warnings
 from argparse import BooleanOptionalAction
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ivideogpt.data.commands.progress import episode_progress
-from ivideogpt.data.formats import FORMATS, describe_option, is_flag, make_options, option_fields
+from ivideogpt.data.formats import (
+    FORMATS,
+    choose_views,
+    describe_option,
+    guess_format,
+    is_flag,
+    known_format,
+    make_options,
+    option_fields,
+)
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace, _SubParsersAction
 
+    from ivideogpt.data.packing import PackReport
+
 SHOWN = 5
-"""Bad episodes that are named in the output; the rest is in the quarantine file."""
+"""Reasons for quarantine that are shown; every episode is in the quarantine file."""
+CAMERA = "camera"
 
 
 def add(commands: _SubParsersAction) -> None:
@@ -32,16 +46,32 @@ def add(commands: _SubParsersAction) -> None:
     command.add_argument("--out", required=True, help="folder of the shard set")
     command.add_argument("--format", choices=tuple(FORMATS), help="what the recordings are; guessed where that is safe")
     command.add_argument("--resize", type=int, metavar="N", help="centre-crop and resize to N x N pixels")
-    command.add_argument("--holdout", type=float, default=0.0, metavar="F", help="share of episodes for OUT/heldout")
+    command.add_argument("--holdout", type=float, default=0.0, metavar="F", help="share of recordings for OUT/heldout")
+    command.add_argument("--holdout-every", type=int, metavar="N", help="or every N-th recording")
     command.add_argument("--strict", action="store_true", help="stop at a bad episode instead of leaving it out")
     command.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (one for each core)"
+        "--max-bad", type=float, default=0.5, metavar="F", help="largest share of bad episodes (default: 0.5)"
     )
+    command.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N",
+        help="processes (default: one for each core); 1 reads in this process, which a decoder that crashes ends",
+    )  # fmt: skip
+    command.add_argument(
+        "--part", type=_part, metavar="I/N", help="convert the I-th of N parts, from 1, as in a job array; the part "
+        "that ends last makes the set, and the command without --part converts what is missing",
+    )  # fmt: skip
+    command.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: on the cluster RAY_ADDRESS")
     command.add_argument("--allow", action="append", default=[], metavar="URL", help="allow this command-running URL")
     command.add_argument("--overwrite", action="store_true", help="replace a set that is there, and begin anew")
     reading = command.add_argument_group("how to read the recordings [formats that have the option]")
+    several = ", ".join(name for name, form in FORMATS.items() if form.view)
     for option in option_fields():
         flag, about = f"--{option.replace('_', '-')}", describe_option(option)
+        if option == CAMERA:
+            one = ", ".join(name for name in option_fields()[option] if not FORMATS[name].view)
+            about = f"Camera to read, may be repeated, or all: an episode for each [{several}]; its name [{one}]"
+            reading.add_argument(flag, metavar="X", action="append", help=about)
+            continue
         if is_flag(option):
             reading.add_argument(flag, action=BooleanOptionalAction, default=None, help=about)
         else:
@@ -50,12 +80,11 @@ def add(commands: _SubParsersAction) -> None:
 
 
 def _pack(args: Namespace) -> int:
-    from ivideogpt.data.formats import guess_format
     from ivideogpt.data.packing import is_set_or_stream, pack
-    from ivideogpt.data.shards import QUARANTINE
 
     given = {option: getattr(args, option) for option in option_fields()}
     name, options = args.format, None
+    cameras: list[str] = []
     if is_set_or_stream(args.folder, args.allow):
         named = [option for option, value in given.items() if value is not None]
         if named or name:
@@ -65,7 +94,14 @@ def _pack(args: Namespace) -> int:
         if name is None:
             name = guess_format(args.folder)
             print(f"{args.folder}: read as {name} ({FORMATS[name].about}); --format says otherwise", file=sys.stderr)
-        options = make_options(name, given)
+        if known_format(name).view is not None:
+            cameras = given[CAMERA] or []
+            options = make_options(name, {**given, CAMERA: None})
+        else:
+            labels = given[CAMERA] or [None]
+            if len(labels) > 1 or labels == ["all"]:
+                choose_views(args.folder, name, None, labels)  # which refuses
+            options = make_options(name, {**given, CAMERA: labels[0]})
     with episode_progress("packing") as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is left out is told below
         report = pack(
@@ -81,23 +117,78 @@ def _pack(args: Namespace) -> int:
             progress=progress,
             format=name,
             workers=args.workers,
+            cameras=cameras,
+            holdout_every=args.holdout_every,
+            max_bad=args.max_bad,
+            part=args.part,
+            engine=args.engine,
         )
-    for key, reason in report.skipped[:SHOWN]:
-        print(f"bad: {key}: {reason}", file=sys.stderr)
-    bad = f", {len(report.skipped)} bad ones in {report.folders[0] / QUARANTINE}" if report.skipped else ""
-    before = f" ({report.resumed} of them before)" if report.resumed else ""
-    folders = ", ".join(map(str, report.folders))
-    print(f"packed {report.episodes} episodes{before} ({report.frames} frames){bad}: {folders}")
+    _tell(report)
     return 0
+
+
+def _tell(report: PackReport) -> None:
+    """What was packed and what was left out, in the last line and the lines above it."""
+    from ivideogpt.data.packing import QUARANTINE
+
+    if report.quarantine:
+        _tell_reasons(report)
+    files = ", ".join(str(folder / QUARANTINE) for folder in report.folders if (folder / QUARANTINE).is_file())
+    bad = f", {len(report.quarantine)} bad ones in {files}" if files else ""
+    folders = ", ".join(map(str, report.folders))
+    if report.missing:
+        print(
+            f"this part is done; {report.missing} units of other parts are not there yet, and the part that ends last "
+            f"makes the set. The same command without --part converts what is missing. ({report.episodes} episodes "
+            f"so far, {len(report.quarantine)} bad ones)"
+        )
+    elif report.found:
+        print(f"nothing to do: {folders} holds these {report.episodes} episodes ({report.frames} frames) already{bad}")
+    else:
+        before = f" ({report.resumed} of them before)" if report.resumed else ""
+        print(f"packed {report.episodes} episodes{before} ({report.frames} frames){bad}: {folders}")
+
+
+def _tell_reasons(report: PackReport) -> None:
+    """A table of the most frequent reasons, with an episode for each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    counts: Counter[str] = Counter()
+    examples: dict[str, dict[str, str]] = {}
+    for line in report.quarantine:
+        # reasons that differ in names and numbers alone are one
+        kind = re.sub(r"\d+", "N", re.sub(r"\S*/\S*", "", line["reason"]))
+        counts[kind] += 1
+        examples.setdefault(kind, line)
+    table = Table("bad", "kind", "such as", "reason", title=f"{len(report.quarantine)} bad episodes left out")
+    for kind, count in counts.most_common(SHOWN):
+        line = examples[kind]
+        table.add_row(str(count), line["kind"], line["key"], line["reason"])
+    if len(counts) > SHOWN:
+        table.caption = f"and {len(counts) - SHOWN} more reasons"
+    Console(stderr=True, markup=False, highlight=False).print(table)
+
+
+def _part(text: str) -> tuple[int, int]:
+    """`2/8` -> (2, 8)."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        from argparse import ArgumentTypeError
+
+        raise ArgumentTypeError(f"{text!r} is no part such as 1/8 to 8/8")
+    return int(match[1]), int(match[2])
 
 
 def _command(args: Namespace, given: dict[str, Any]) -> str:
     """The command line without what changes nothing in the set."""
     words = ["ivideogpt", "data", "pack", args.folder, "--out", args.out]
-    for name, value in {"format": args.format, "resize": args.resize, "holdout": args.holdout, **given}.items():
+    named = {name: getattr(args, name) for name in ("format", "resize", "holdout", "holdout_every")}
+    for name, value in {**named, **given}.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif value:
-            words += [f"--{flag}", str(value)]
+            for one in value if isinstance(value, list) else [value]:
+                words += [f"--{flag}", str(one)]
     return shlex.join(words + (["--strict"] if args.strict else []))

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 
 from ivideogpt.data.episode import Episode
-from ivideogpt.data.sources.frames import Job
 from ivideogpt.data.sources.npz import NpzOptions
-from ivideogpt.data.sources.tfrecord import Feature, parse_example, read_records, record_jobs
+from ivideogpt.data.sources.tfrecord import Feature, RecordJobs, parse_example, read_records
 
 CAMERA = "image_aux1"  # the camera that every publication on this set predicts
 
@@ -42,7 +41,7 @@ def read_bair(path: str | Path, options: NpzOptions | None = None) -> Iterator[E
             raise ValueError(f"{path}: {error}") from error
 
 
-def bair_jobs(path: str | Path, options: NpzOptions | None = None) -> tuple[Iterator[Job], None]:
+def bair_jobs(path: str | Path, options: NpzOptions | None = None) -> tuple[RecordJobs, None]:
     """The episodes of a file, or of all `.tfrecords` files below a folder, as (key, how to read it).
 
     Their number is in no file, so it is not known beforehand.
@@ -59,7 +58,18 @@ def bair_jobs(path: str | Path, options: NpzOptions | None = None) -> tuple[Iter
     if len(set(prefixes)) < len(prefixes):
         raise ValueError(f"{path} holds files whose names do not tell them apart: {names}")
     decode = partial(episode_from_record, options=options or NpzOptions())
-    return record_jobs(((file, prefix, None) for file, prefix in zip(files, prefixes, strict=True)), decode), None
+    return RecordJobs(tuple((file, prefix, None) for file, prefix in zip(files, prefixes, strict=True)), decode), None
+
+
+def bair_cameras(path: str | Path, options: NpzOptions | None = None) -> list[str]:
+    """Names of the cameras in the first record that can be read."""
+    for file, _, _ in bair_jobs(path, options)[0].files:
+        try:
+            names = parse_example(next(iter(read_records(file))))
+        except (ValueError, StopIteration):
+            continue
+        return sorted({name.split("/")[1] for name in names if name.endswith("/encoded") and name.count("/") == 2})
+    return []
 
 
 def episode_from_record(data: bytes, key: str, options: NpzOptions) -> Episode:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +18,14 @@ from PIL import Image, UnidentifiedImageError
 
 from ivideogpt.data.episode import Episode
 
-Job = tuple[str, Callable[[], Episode]]  # name of an episode and how to get it; the name is no legal shard key yet
+Job = tuple[str, Callable[[], Episode]]
+"""Name of an episode, which is no legal shard key yet, and how to get it: a `partial` whose `Path` arguments are the
+files that it reads, so that a conversion can tell when they change."""
 Name = TypeVar("Name", str, Path)
 
 MAX_BYTES = 8 << 30  # decoded frames of one episode: beyond it a conversion would end in the kernel's hands
 IMAGE_FORMATS = ("JPEG", "PNG")
+SIDE_SUFFIXES = (".npy", ".csv", ".json")  # of the file beside a video that holds its actions
 
 
 def natural(name: str | Path) -> list[tuple[int, int | str]]:
@@ -37,6 +41,37 @@ def natural(name: str | Path) -> list[tuple[int, int | str]]:
 def failing(message: str) -> Episode:
     """Raises the message: the job of an episode that is known to be bad before it is read."""
     raise ValueError(message)
+
+
+def files_of(read: Callable[..., Any]) -> Iterator[Path]:
+    """The files and folders that a job reads."""
+    if isinstance(read, partial):
+        yield from files_of(read.func)
+        for value in (*read.args, *read.keywords.values()):
+            if isinstance(value, Path):
+                yield value
+            elif isinstance(value, partial):
+                yield from files_of(value)
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """(bytes, nanoseconds of the last change) of a file, or of a folder's files; -1 where there is none.
+
+    The file of actions beside a video belongs to it.
+    """
+    try:
+        found = path.stat()
+        if path.suffix.lower() in (".npz", ".tfrecord", ".tfrecords", ".hdf5", ".h5"):  # nothing is beside those
+            return found.st_size, found.st_mtime_ns
+        stem = path.stem
+        inside = []
+        if path.is_dir():
+            stem, inside = path.name, [file.stat() for file in path.iterdir()]
+        beside = [file.stat() for suffix in SIDE_SUFFIXES if (file := path.with_name(stem + suffix)).is_file()]
+    except OSError:
+        return -1, -1
+    everything = [found, *inside, *beside]
+    return sum(file.st_size for file in everything), max(file.st_mtime_ns for file in everything)
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:

@@ -130,6 +130,20 @@ def hdf5_files(source: str | Path) -> list[tuple[Path, str]]:
     return [(path, path.relative_to(source).with_suffix("").as_posix()) for path in paths]
 
 
+def hdf5_cameras(source: str | Path, options: Hdf5Options | None = None) -> list[str]:
+    """Names of the cameras of the first episode that can be read."""
+    options = options or Hdf5Options()
+    for path, _ in hdf5_files(source):
+        try:
+            episode, _ = list_episodes(path, options)[0]
+            with open_hdf5(path) as file:
+                keys = _image_keys(file[episode or "/"])
+        except ValueError:
+            continue
+        return [key.removeprefix("obs/").removesuffix("_image") if key.startswith("obs/") else key for key in keys]
+    return []
+
+
 @contextmanager
 def open_hdf5(path: str | Path) -> Iterator[Any]:
     """Opens a file for reading; whatever goes wrong inside becomes a ValueError that names it.

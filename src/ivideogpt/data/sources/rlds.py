@@ -27,9 +27,8 @@ from typing import Any
 import numpy as np
 
 from ivideogpt.data.episode import Episode
-from ivideogpt.data.sources.frames import Job
 from ivideogpt.data.sources.rlds_features import Leaf, decode_frames, decode_numbers, decode_texts, read_features
-from ivideogpt.data.sources.tfrecord import Feature, parse_example, record_jobs
+from ivideogpt.data.sources.tfrecord import Feature, RecordJobs, parse_example
 
 SUFFIX = "_converted_externally_to_rlds"
 OBSERVATION, ACTION = "steps/observation/", "steps/action"
@@ -80,7 +79,7 @@ def read_rlds(path: str | Path, options: RldsOptions | None = None) -> Iterator[
         yield read()
 
 
-def rlds_jobs(path: str | Path, options: RldsOptions | None = None) -> tuple[Iterator[Job], int]:
+def rlds_jobs(path: str | Path, options: RldsOptions | None = None) -> tuple[RecordJobs, int]:
     """The episodes of a data set as (key, how to read it), and how many dataset_info.json says there are.
 
     Raises:
@@ -94,8 +93,14 @@ def rlds_jobs(path: str | Path, options: RldsOptions | None = None) -> tuple[Ite
     decode = partial(episode_from_record, folder=folder, options=options)
     choose_camera(folder, options.video_key)  # a wrong name is told before anything is read
     shards = [shard for shard in folder.shards if options.split in (None, shard[1])]
-    files = [(file, f"{split}-{number:05d}", count) for file, split, number, count in shards]
-    return record_jobs(files, decode), sum(count for *_, count in shards)
+    files = tuple((file, f"{split}-{number:05d}", count) for file, split, number, count in shards)
+    return RecordJobs(files, decode), sum(count for *_, count in shards)
+
+
+def rlds_cameras(path: str | Path, options: RldsOptions | None = None) -> list[str]:
+    """Names of the cameras that features.json says there are."""
+    leaves = open_folder(path).leaves
+    return [name.removeprefix(OBSERVATION) for name, leaf in leaves.items() if _is_camera(name, leaf)]
 
 
 @cache
@@ -160,7 +165,7 @@ def choose_camera(folder: RldsFolder, key: str | None) -> str:
     Raises:
         ValueError: There is no such image, or none can be chosen; the message lists those there.
     """
-    cameras = [name[len(OBSERVATION) :] for name, leaf in folder.leaves.items() if _is_camera(name, leaf)]
+    cameras = [name.removeprefix(OBSERVATION) for name, leaf in folder.leaves.items() if _is_camera(name, leaf)]
     if key is None:
         of_table = (oxe_row(folder.name) or {}).get("camera")
         if isinstance(of_table, str):
@@ -171,7 +176,7 @@ def choose_camera(folder: RldsFolder, key: str | None) -> str:
             key = "image"
     if key not in cameras:
         problem = "needs the name of a camera" if key is None else f"has no camera {key!r}"
-        raise ValueError(f"{folder.name} {problem}; those there are {sorted(cameras)}; name it with --video-key")
+        raise ValueError(f"{folder.name} {problem}; those there are {sorted(cameras)}; name it with --camera")
     return key
 
 

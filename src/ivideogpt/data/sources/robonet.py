@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,18 @@ def robonet_jobs(source: str | Path, options: RobonetOptions | None = None) -> l
         if not files:
             raise ValueError(f"{source} holds no file of the split {options.split!r}")
     return [(name, partial(read_robonet, path, options)) for path, name in files]
+
+
+def robonet_cameras(source: str | Path, options: RobonetOptions | None = None) -> list[int]:
+    """Numbers of the cameras of the first file that can be read."""
+    for path, _ in hdf5_files(source):
+        try:
+            with open_hdf5(path) as file:
+                names = [re.fullmatch(r"cam(\d+)_video", name) for name in file["env"]]
+        except ValueError:
+            continue
+        return sorted(int(match[1]) for match in names if match)
+    return []
 
 
 def read_test_list(path: str | Path) -> set[str]:

@@ -12,9 +12,11 @@ and neighbouring blocks are then joined pair by pair, as a zero block in front o
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable, Container, Iterable, Iterator
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +26,9 @@ from ivideogpt.data.episode import Episode
 from ivideogpt.data.sources.frames import Job, failing
 
 Feature = np.ndarray | list[memoryview]  # float32 (N,), int64 (N,), or N byte strings
+
+PART_RECORDS = 64
+"""Records of one part of a long file."""
 
 _POLYNOMIAL = 0x82F63B78  # Castagnoli's, bits reversed
 _BLOCK = 64  # bytes; its tables of 64 KiB stay in the second-level cache
@@ -208,6 +213,49 @@ def record_jobs(
                 yield f"{prefix}-count", partial(failing, reason)
         except (ValueError, OSError) as error:
             yield f"{prefix}-rest-after-{count}", partial(failing, str(error))
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordJobs:
+    """The episodes of files that hold one a record, as (key, how to read it); see `record_jobs`.
+
+    Args:
+        files: (file, prefix of its keys, records it should hold or None).
+        decode: Makes an episode of a record's data and its key.
+        between: First and last but one record, where it is a part of one file; with None for the last, all that is
+            there behind the first, and what is wrong with the file.
+        count: Records of a part.
+        size: Bytes of a part, about.
+    """
+
+    files: tuple[tuple[Path, str, int | None], ...]
+    decode: Callable[[bytes, str], Episode]
+    between: tuple[int, int | None] = (0, None)
+    count: int = 0
+    size: int = 0
+
+    def __iter__(self) -> Iterator[Job]:
+        return islice(record_jobs(self.files, self.decode), *self.between)
+
+    def parts(self) -> Iterator[RecordJobs]:
+        """The same in parts of about `PART_RECORDS` records; of files only headers are read, to count them."""
+        for file in self.files:
+            path, _, expected = file
+            count = expected
+            if count is None:
+                count = sum(1 for _ in record_jobs([file], self.decode))
+            size = path.stat().st_size if path.is_file() else 0
+            starts = range(0, max(count - PART_RECORDS // 2, 1), PART_RECORDS)
+            for start in starts:
+                last = start == starts[-1]
+                end = count if last else start + PART_RECORDS
+                yield dataclasses.replace(
+                    self,
+                    files=(file,),
+                    between=(start, None if last else end),
+                    count=end - start,
+                    size=size * (end - start) // max(count, 1),
+                )
 
 
 def _episode_at(path: Path, offset: int, key: str, decode: Callable[[bytes, str], Episode]) -> Episode:

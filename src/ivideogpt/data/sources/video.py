@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 
 from ivideogpt.data.episode import Episode
-from ivideogpt.data.sources.frames import Job, decode_image, decode_video, natural, stack_frames
+from ivideogpt.data.sources.frames import SIDE_SUFFIXES, Job, decode_image, decode_video, natural, stack_frames
 from ivideogpt.data.sources.npz import NpzOptions, episode_from_arrays
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-SIDE_SUFFIXES = (".npy", ".csv", ".json")
 COLUMNS = ("reward", "rewards", "termination", "terminations", "done", "dones")
 UCF_NAME = re.compile(r"v_\w+_g(\d+)_c(\d+)$")  # v_<class>_g<group>_c<clip>: clips of a group share a scene
 
