@@ -69,11 +69,11 @@ def _checksum(rows: list[np.ndarray]) -> int:
     return crc
 
 
-def read_shard_header(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
-    """Metadata, {name: (dtype, shape, begin, end)} and length of the file of a safetensors shard.
+def read_shard_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """What a shard says of itself (settings, shard, skipped), {name: (dtype, shape, begin, end)}, and its length.
 
     Raises:
-        ShardError: It is no whole safetensors file.
+        ShardError: It is no whole safetensors file, or not one of ours.
     """
     try:
         size = path.stat().st_size
@@ -82,7 +82,8 @@ def read_shard_header(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
             if length > min(_MAX_HEADER, size - 8):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
-        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
+        about = json.loads(header.pop("__metadata__")[FORMAT])
+        _ = about["settings"], about["shard"], about["skipped"]
         tensors = {}
         for name, entry in header.items():
             dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(map(int, entry["shape"]))
@@ -93,7 +94,7 @@ def read_shard_header(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
             tensors[name] = (dtype, shape, begin, end)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ShardError(f"{path} is no whole shard of tokens: {type(error).__name__}: {error}") from error
-    return metadata, tensors, size
+    return about, tensors, size
 
 
 def load_token_manifest(folder: Path) -> dict[str, Any]:

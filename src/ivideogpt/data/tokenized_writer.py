@@ -89,8 +89,9 @@ class TokenSetWriter:
         count = len(values["tokens"])
         values["key"] = keys.view(np.uint8).reshape(len(keys), -1)[:count]
         values["crc32"] = checksums(values)
-        about = {"settings": json.dumps(self.settings), "shard": str(shard), "skipped": json.dumps(list(skipped))}
-        data = save(values, metadata={"format": FORMAT, "schema_version": str(SCHEMA_VERSION)} | about)
+        about = {"schema_version": SCHEMA_VERSION, "shard": shard, "skipped": list(skipped), "settings": self.settings}
+        # One entry alone: safetensors writes several in an order that differs from run to run.
+        data = save(values, metadata={FORMAT: json.dumps(about)})
         path = self.out / shard_name(shard)
         aside = self.out / f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial"
         try:
@@ -123,14 +124,15 @@ class TokenSetWriter:
             return False
         if (self.out / MANIFEST).is_file() and not self._wrote:
             return True
-        shards, skipped, first = [], set(), {}
+        shards: list[dict[str, Any]] = []
+        skipped, first = set[str](), dict[str, Any]()
         for number in range(self.num_shards):
             path = self.out / shard_name(number)
-            metadata, tensors, size = read_shard_header(path)
+            about, tensors, size = read_shard_header(path)
             shards.append(
                 {"name": path.name, "clips": tensors["tokens"][1][0], "size": size, "sha256": file_sha256(path)}
             )
-            skipped |= set(json.loads(metadata["skipped"]))
+            skipped |= set(about["skipped"])
             first = tensors if number == 0 else first
         clips, length = sum(shard["clips"] for shard in shards), first["tokens"][1][1]
         if clips == 0:
@@ -174,12 +176,7 @@ class TokenSetWriter:
         if self.out.is_dir() and any(self.out.glob("*.tar")):
             raise ValueError(f"{self.out} holds tar files; {advice}")
         for path in sorted(self.out.glob("tokens-*.safetensors")) if self.out.is_dir() else ():
-            metadata, _, _ = read_shard_header(path)
-            try:
-                there = json.loads(metadata["settings"])
-            except (KeyError, ValueError) as error:
-                raise ValueError(f"{path} is no shard of tokens ({error}); {advice}") from error
-            self._check_settings(there, advice)
+            self._check_settings(read_shard_header(path)[0]["settings"], advice)
 
     def _check_settings(self, there: Mapping[str, Any], advice: str) -> None:
         found = [
