@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("ivideogpt.commands.run", "run a recipe: RECIPE.yaml [key=value ...]"),
     "predict": ("ivideogpt.commands.predict", "roll one recording out and write truth | prediction | error"),
     "evaluate": ("ivideogpt.commands.evaluate", "measure a model on packed episodes"),
-    "data": ("ivideogpt.data.cli", "pack, collect and inspect episodes"),
+    "data": ("ivideogpt.commands.data", "pack, collect, inspect and tokenize episodes"),
     "zoo": ("ivideogpt.commands.zoo", "list the models that go by a name"),
     "push": ("ivideogpt.commands.push", "upload a saved model to the Hub"),
     "demo": ("ivideogpt.commands.demo", "fine-tune, roll out and report on the embedded recordings"),

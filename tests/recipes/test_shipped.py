@@ -11,15 +11,16 @@ from ivideogpt import recipes
 from ivideogpt.cli import lightning_main
 from ivideogpt.config import WorldModelConfig
 from ivideogpt.recipes.reading import dump_yaml, parse_yaml, resolve
+from ivideogpt.training.tokenization import tokenize_clips
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-EMBEDDED = {"debug", "demo", "metaworld_nano"}
+EMBEDDED = {"debug", "demo", "metaworld_nano", "tokens"}
 """Recipes that must run with nothing but the package: no perceptual network."""
 
 
 def test_all_recipes_are_found() -> None:
-    assert len(NAMES) == 3
+    assert len(NAMES) == 4
     assert set(NAMES) >= EMBEDDED
     assert recipes.recipes_folder() == FOLDER
 
@@ -33,7 +34,10 @@ def test_recipe_is_built(name: str, shards: dict[str, str], tmp_path: Path) -> N
     for stage, content in recipe["stages"].items():
         data = content["data"]["init_args"]
         length = min(data["segment_length"], 20)
-        words += [f"{stage}.data.train={shards['px64']}", f"{stage}.data.val={shards['px64']}"]
+        train = shards["px64"]
+        if content["data"]["class_path"] == "ivideogpt.data.TokenDataModule":
+            train = str(tokenize_clips(start.tokenizer, [train], tmp_path / stage, length, clips_per_episode=1).folder)
+        words += [f"{stage}.data.train={train}", f"{stage}.data.val={shards['px64']}"]
         words += [f"{stage}.data.batch_size=1", f"{stage}.data.segment_length={length}"]
         words += [f"{stage}.trainer.max_steps=0", f"{stage}.trainer.limit_test_batches=1"]
         for part, spec in content["module"]["init_args"].items():

@@ -10,14 +10,18 @@ if TYPE_CHECKING:
     from ivideogpt.data.episode import Episode
     from ivideogpt.data.reader import ShardError, ShardSet
     from ivideogpt.data.shards import ShardSetWriter
+    from ivideogpt.data.token_datamodule import TokenDataModule
+    from ivideogpt.data.tokenized import TokenSet
 
-__all__ = ["Episode", "ShardError", "ShardSet", "ShardSetWriter", "VideoDataModule"]
+__all__ = ["Episode", "ShardError", "ShardSet", "ShardSetWriter", "TokenDataModule", "TokenSet", "VideoDataModule"]
 
 _HOMES = {
     "Episode": "episode",
     "ShardError": "reader",
     "ShardSet": "reader",
     "ShardSetWriter": "shards",
+    "TokenDataModule": "token_datamodule",
+    "TokenSet": "tokenized",
     "VideoDataModule": "datamodule",
 }
 

@@ -195,9 +195,9 @@ class ExactSampler(DistributedSampler):
     The ranks' counts may differ by one; torch's own sampler would repeat clips to even them out.
     """
 
-    def __init__(self, dataset: FixedClips, num_replicas: int, rank: int) -> None:
+    def __init__(self, dataset: Dataset, num_replicas: int, rank: int) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
-        self.total = len(dataset)
+        self.total = len(dataset)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.rank, self.total, self.num_replicas))

@@ -7,21 +7,20 @@ Frames travel as uint8 and become floats, training clips also augmented, in `on_
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from ivideogpt.data.clips import ClipSettings, ExactSampler, FixedClips, PositionSampler, TrainingClips, collate
+from ivideogpt.data.clips import ClipSettings, ExactSampler, FixedClips, TrainingClips, collate
 from ivideogpt.data.mixtures import Mixture
+from ivideogpt.data.position import PositionDataModule, rank_and_world
 from ivideogpt.data.reader import ShardSet
 from ivideogpt.data.transforms import Augmentation, augment, to_float
 
 
-class VideoDataModule(L.LightningDataModule):
+class VideoDataModule(PositionDataModule):
     """Clips from shard sets.
 
     Args:
@@ -81,19 +80,16 @@ class VideoDataModule(L.LightningDataModule):
         policy: str = "error",
         verify: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, seed, epoch_batches)
         if segment_length <= context_length or context_length < 1:
             raise ValueError(f"segment_length {segment_length} must exceed context_length {context_length} >= 1")
-        if batch_size < 1 or num_workers < 0 or resolution < 1:
-            raise ValueError(f"too low: batch_size {batch_size}, num_workers {num_workers}, resolution {resolution}")
+        if resolution < 1:
+            raise ValueError(f"resolution must be at least 1, got {resolution}")
         if holdout_every is not None and (holdout_every < 2 or val is not None):
             raise ValueError(f"holdout_every is {holdout_every}: it needs val=None and at least 2")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
         self.train_source, self.val_source, self.holdout_every = train, val, holdout_every
-        self.context_length, self.seed = context_length, seed
-        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
-        self.num_workers, self.epoch_batches = num_workers, epoch_batches
+        self.context_length = context_length
+        self.val_batch_size = val_batch_size or batch_size
         self.val_clips_per_episode = val_clips_per_episode
         self.policy, self.verify = policy, verify
         self.augmentation = Augmentation() if augment else None
@@ -112,7 +108,6 @@ class VideoDataModule(L.LightningDataModule):
         self._train_clips: TrainingClips | None = None
         self._val_clips: FixedClips | None = None
         self._skipped_at_open = 0
-        self._start, self._taken = 0, 0  # first clip of this run; batches trained on since
 
     # --- sets ---
 
@@ -196,18 +191,14 @@ class VideoDataModule(L.LightningDataModule):
             self._val_clips = FixedClips(val, self.val_settings, self.val_clips_per_episode)
             if self.policy == "skip":
                 self._val_clips.drop_bad()
-        if stage == "fit":
-            self._start, self._taken = 0, 0
+        super().setup(stage)
 
     def train_dataloader(self) -> DataLoader:
         """Endless training clips, cut into epochs of `epoch_batches`."""
         if self._train_clips is None:
             self.setup()
         assert self._train_clips is not None
-        rank, ranks = _rank_and_world(self.trainer)
-        epoch = self.epoch_batches or max(1, len(self._train_clips) // (self.batch_size * ranks))
-        sampler = PositionSampler(self._train_clips, lambda: self.position, self.batch_size, epoch, ranks, rank)
-        return ResumableLoader(self, self._train_clips, self.batch_size, sampler)
+        return self.training_loader(self._train_clips, collate)
 
     def val_dataloader(self) -> DataLoader | list:
         """The fixed clips, each exactly once over all ranks; an empty list without a validation set."""
@@ -215,26 +206,19 @@ class VideoDataModule(L.LightningDataModule):
             self.setup()
         if self._val_clips is None:
             return []
-        rank, ranks = _rank_and_world(self.trainer)
+        rank, ranks = rank_and_world(self.trainer)
         sampler = ExactSampler(self._val_clips, ranks, rank)
-        return DataLoader(self._val_clips, self.val_batch_size, sampler=sampler, **self.loader_options())
+        return DataLoader(
+            self._val_clips, self.val_batch_size, sampler=sampler, collate_fn=collate, **self.loader_options()
+        )
 
     test_dataloader = val_dataloader
-
-    def loader_options(self) -> dict[str, Any]:
-        """Arguments that the loaders share."""
-        return {
-            "num_workers": self.num_workers,
-            "collate_fn": collate,
-            "pin_memory": torch.cuda.is_available(),
-            "persistent_workers": self.num_workers > 0,
-        }
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int = 0) -> dict[str, Any]:
         """Turns uint8 frames into floats and augments training clips, each from (seed, clip number)."""
         video = to_float(batch["video"])
         if "clip" in batch:  # only training clips have a number
-            self._taken += 1
+            self.count_batch()
             if self.augmentation is not None:
                 numbers = batch["clip"].tolist()
                 clips = [
@@ -243,52 +227,3 @@ class VideoDataModule(L.LightningDataModule):
                 ]
                 video = torch.stack(clips)
         return batch | {"video": video}
-
-    # --- position ---
-
-    @property
-    def position(self) -> int:
-        """Number of the first clip that has not been trained on (batches that are only prefetched do not count)."""
-        taken = self._taken
-        if self.trainer is not None and self.trainer.training:
-            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-            taken -= progress.ready > progress.processed  # a batch whose update has not happened yet
-        return self._start + max(taken, 0) * self.batch_size * _rank_and_world(self.trainer)[1]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position and seed, for the checkpoint."""
-        return {"position": self.position, "seed": self.seed}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues at the position of a checkpoint; the batch size and the number of ranks may differ."""
-        if state_dict["seed"] != self.seed:
-            raise ValueError(
-                f"the checkpoint was made with data seed {state_dict['seed']}, this run has {self.seed}: "
-                "its clips would not be the ones that follow"
-            )
-        self._start, self._taken = int(state_dict["position"]), 0
-
-
-class ResumableLoader(DataLoader):
-    """A DataLoader whose state is the data module's, which tells Lightning that it resumes in mid-epoch."""
-
-    def __init__(self, datamodule: VideoDataModule, clips: TrainingClips, batch_size: int, sampler: PositionSampler):
-        super().__init__(clips, batch_size, sampler=sampler, drop_last=True, **datamodule.loader_options())
-        self.datamodule = datamodule
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `VideoDataModule.state_dict`."""
-        return self.datamodule.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `VideoDataModule.load_state_dict`."""
-        self.datamodule.load_state_dict(state_dict)
-
-
-def _rank_and_world(trainer: L.Trainer | None) -> tuple[int, int]:
-    """Rank and number of ranks, from the trainer, torch.distributed or the launcher's variables."""
-    if trainer is not None:
-        return trainer.global_rank, trainer.world_size
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

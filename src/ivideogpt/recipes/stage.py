@@ -282,6 +282,8 @@ def check_fit(module: Any, data: Any, stage: str) -> None:
     tokenizer, transformer = (getattr(getattr(parts, name, None), "config", None) for name in PART_NAMES)
     if tokenizer is None:
         return
+    if transformer is None and trains(type(module)) and getattr(data, "tokenizer_hash", None) is not None:
+        raise ValueError(f"stages.{stage}: a tokenizer is trained on pixels, the data are tokens; use VideoDataModule")
     pairs = [("resolution", tokenizer.resolution, "resolution"), ("context_length", tokenizer.context_length, None)]
     if transformer is not None and transformer.action_dim is not None:
         pairs.append(("action_dim", transformer.action_dim, "action_dim"))

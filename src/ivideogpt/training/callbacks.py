@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ivideogpt.drawing import save_comparison, save_png, strip
@@ -65,6 +66,11 @@ class RolloutStrips(Callback):
     ) -> None:  # fmt: skip
         """Remembers the clips."""
         if batch_idx == 0 and dataloader_idx == 0 and trainer.is_global_zero:
+            if "video" not in batch:
+                rank_zero_warn(
+                    "there are no strips: the validation clips are tokens; give the data a shard set as `val`"
+                )
+                return
             self._batch = {name: value[: self.num_clips] for name, value in batch.items()}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,8 +157,11 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts, and logs where the trainer logs."""
-        clips, frames = batch["video"].shape[:2]
         layout = _tokenizer(pl_module).layout
+        if "tokens" in batch:
+            clips, frames = len(batch["tokens"]), layout.num_frames(batch["tokens"].shape[1])
+        else:
+            clips, frames = batch["video"].shape[:2]
         self._frames += clips * frames * trainer.world_size
         self._tokens += clips * layout.sequence_length(frames) * trainer.world_size
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]

@@ -70,7 +70,13 @@ class EvaluationModule(LightningModule):
         self._batches = []
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Collects the clips, as bytes."""
+        """Collects the clips, as bytes.
+
+        Raises:
+            ValueError: if the clips are tokens.
+        """
+        if "video" not in batch:
+            raise ValueError("an evaluation compares pixels, the clips are tokens: give the data a shard set as `val`")
         self._batches.append({**batch, "video": (batch["video"] * 255).round().byte().cpu()})
 
     def on_test_epoch_end(self) -> None:

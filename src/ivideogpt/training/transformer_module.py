@@ -1,4 +1,7 @@
-"""TransformerModule: trains a transformer, and a reward head with it, on the tokens of a frozen tokenizer."""
+"""TransformerModule: trains a transformer, and a reward head with it, on the tokens of a frozen tokenizer.
+
+Batches hold the clips' ``video`` (B, T, C, H, W), or their ``tokens`` (B, L) where they were tokenized before.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from ivideogpt.rollout.engine import rollout
 from ivideogpt.training.embedding_seeds import seed_embeddings as codebook_embeddings
 from ivideogpt.training.module import TrainingModule
 from ivideogpt.training.optim import Schedule
+from ivideogpt.training.token_data import check_length, check_token_data
 
 
 @dataclass
@@ -115,21 +119,25 @@ class TransformerModule(TrainingModule):
             children = sorted(f"{top}.{child}" for child, _ in getattr(self, top).named_children())
             raise ValueError(f"freeze: there is no {name!r}; parts are {[top, *children]}") from None
 
-    @torch.no_grad()
-    def tokenize(self, video: Tensor) -> Tensor:
-        """Tokens (B, L) of ``video`` (B, T, C, H, W) by the frozen tokenizer.
+    def setup(self, stage: str) -> None:
+        """Refuses token sets that were not made for this model (here, for later the weights may be of low precision).
 
         Raises:
-            ValueError: if the clip is longer than the transformer's positions.
+            ValueError: naming what differs.
         """
-        length = self.layout.sequence_length(video.shape[1])
-        positions = self.transformer.config.max_positions
-        if length > positions:
-            raise ValueError(
-                f"a clip of {video.shape[1]} frames takes {length} positions, the transformer has {positions}: lower "
-                f"the data's segment_length or raise max_positions"
-            )
-        return self.tokenizer.encode(video)
+        check_token_data(getattr(self.trainer, "datamodule", None), self.tokenizer, self.transformer)
+
+    @torch.no_grad()
+    def tokenize(self, batch: dict[str, Any]) -> Tensor:
+        """Tokens (B, L) of the clips in ``batch``: its own, or those of its video by the frozen tokenizer.
+
+        Raises:
+            ValueError: if the clips are longer than the transformer's positions.
+        """
+        tokens = batch.get("tokens")
+        frames = batch["video"].shape[1] if tokens is None else self.layout.num_frames(tokens.shape[1])
+        check_length(frames, self.layout, self.transformer)
+        return self.tokenizer.encode(batch["video"]) if tokens is None else tokens
 
     def predict_clip(self, batch: dict[str, Any]) -> TeacherForced:
         """Teacher-forced forward of the clips in ``batch``; logits only where there are labels.
@@ -138,7 +146,7 @@ class TransformerModule(TrainingModule):
             ValueError: if the transformer takes actions and the batch has none, or of another width.
         """
         layout, transformer = self.layout, self.transformer
-        tokens = self.tokenize(batch["video"])
+        tokens = self.tokenize(batch)
         future = layout.num_frames(tokens.shape[1]) - layout.context_length
         embeddings = transformer.embed(tokens)
         if transformer.config.action_dim is not None:

@@ -1,4 +1,4 @@
-"""The progress bar of commands that go through episodes."""
+"""The progress bar of commands that go through episodes or clips."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextmanager
-def episode_progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
+def episode_progress(what: str, unit: str = "episodes") -> Iterator[Callable[[int, int | None], None]]:
     """A progress bar with ETA on stderr; yields the function that moves it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("episodes"))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
