@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import sys
 from typing import Any
 
 from ivideogpt.commands.arguments import at_least
+from ivideogpt.data.commands.arguments import part
 
 
 def add(commands: Any) -> None:
@@ -53,13 +53,12 @@ def add(commands: Any) -> None:
     work.add_argument("--batch-size", type=at_least(1), default=16, metavar="N", help="clips at once (16)")
     work.add_argument("--workers", type=at_least(0), default=1, metavar="N", help="processes that read clips (1)")
     work.add_argument("--shard-clips", type=at_least(1), default=8192, metavar="N", help="clips of a shard (8192)")
-    work.add_argument("--part", default="1/1", metavar="i/n", help="make the i-th of n parts, from 1/n to n/n")
+    work.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="make the I-th of N parts, from 1")
     command.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Loads the tokenizer, writes the tokens and says what there is."""
-    part = _part(args.part)
     if args.target_rate is not None and not 0 < args.target_rate < float("inf"):
         raise ValueError(f"--target-rate must be a positive number, got {args.target_rate}")
     import torch
@@ -92,14 +91,16 @@ def run(args: argparse.Namespace) -> int:
             device=device,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
             shard_clips=args.shard_clips,
-            part=part,
+            part=args.part,
             policy="skip" if args.skip_bad else "error",
             command=shlex.join(["ivideogpt", *sys.argv[1:]]),
             model=args.model,
             progress=progress,
         )
     if not done.complete:
-        print(f"part {args.part}: tokenized {done.made} clips; {done.folder} waits for the other parts")
+        print(
+            f"part {'/'.join(map(str, args.part))}: tokenized {done.made} clips; {done.folder} waits for the other parts"
+        )
         return 0
     manifest = load_token_manifest(done.folder)
     counts, skipped = manifest["counts"], manifest["skipped"]
@@ -109,13 +110,6 @@ def run(args: argparse.Namespace) -> int:
         f"{manifest['sequence_length']} tokens, {counts['bytes'] / counts['clips']:.0f} bytes a clip"
     )
     return 0
-
-
-def _part(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"--part {text!r} must be i/n with i from 1 to n, such as 3/8")
-    return int(match[1]), int(match[2])
 
 
 def _device(name: str) -> Any:

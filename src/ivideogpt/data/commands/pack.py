@@ -11,6 +11,7 @@ from argparse import BooleanOptionalAction
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from ivideogpt.data.commands.arguments import part
 from ivideogpt.data.commands.progress import episode_progress
 from ivideogpt.data.formats import (
     FORMATS,
@@ -57,7 +58,7 @@ def add(commands: _SubParsersAction) -> None:
         help="processes (default: one for each core); 1 reads in this process, which a decoder that crashes ends",
     )  # fmt: skip
     command.add_argument(
-        "--part", type=_part, metavar="I/N", help="convert the I-th of N parts, from 1, as in a job array; the part "
+        "--part", type=part, metavar="I/N", help="convert the I-th of N parts, from 1, as in a job array; the part "
         "that ends last makes the set, and the command without --part converts what is missing",
     )  # fmt: skip
     command.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: on the cluster RAY_ADDRESS")
@@ -168,16 +169,6 @@ def _tell_reasons(report: PackReport) -> None:
     if len(counts) > SHOWN:
         table.caption = f"and {len(counts) - SHOWN} more reasons"
     Console(stderr=True, markup=False, highlight=False).print(table)
-
-
-def _part(text: str) -> tuple[int, int]:
-    """`2/8` -> (2, 8)."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        from argparse import ArgumentTypeError
-
-        raise ArgumentTypeError(f"{text!r} is no part such as 1/8 to 8/8")
-    return int(match[1]), int(match[2])
 
 
 def _command(args: Namespace, given: dict[str, Any]) -> str:
