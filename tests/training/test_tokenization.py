@@ -298,7 +298,6 @@ def test_bad_episodes_are_left_out_and_named(model, shards: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--part", "0/2"], "--part '0/2' must be i/n"),
         (["--segment-length", "2"], "segment_length 2 must exceed the tokenizer's context_length 2"),
         (["--context-length", "3"], "context_length 3"),
         (["--device", "abacus"], "device 'abacus' cannot be used here"),
@@ -311,6 +310,9 @@ def test_mistakes_are_one_line(words: list[str], message: str, tmp_path: Path, c
     error = capsys.readouterr().err
     assert message in error.splitlines()[-1] and "Traceback" not in error
     assert not (tmp_path / "t").exists()
+    with pytest.raises(SystemExit):
+        cli.main([*fixed, "--part", "0/2"])
+    assert "'0/2' is no part" in capsys.readouterr().err
 
 
 def test_plan_counts_without_decoding(shards: Path) -> None:

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if not done.complete:
         print(
-            f"part {'/'.join(map(str, args.part))}: tokenized {done.made} clips; {done.folder} waits for the other parts"
+            f"part {args.part[0]}/{args.part[1]}: tokenized {done.made} clips; {done.folder} waits for the other parts"
         )
         return 0
     manifest = load_token_manifest(done.folder)
