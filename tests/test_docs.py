@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ivideogpt import cli
-from ivideogpt.data.cli import add_parser
+from ivideogpt.commands.data import add_parser
 from ivideogpt.data.formats import FORMATS
 from ivideogpt.data.reader import ShardSet
 
@@ -48,7 +48,7 @@ def usage() -> str:
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
     lines = []
-    for word in ("pack", "doctor", "collect metaworld"):
+    for word in ("pack", "doctor", "tokenize", "collect metaworld"):
         chosen = _parser_of(parser, ["data", *word.split()])
         lines += [", ".join(action.option_strings) + " " for action in chosen._actions]
     return "\n".join(lines)

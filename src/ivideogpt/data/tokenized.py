@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ivideogpt.data.manifest import MANIFEST, file_sha256
 from ivideogpt.data.reader import ShardError
-from ivideogpt.data.shards import MANIFEST, file_sha256
 
 FORMAT = "ivideogpt-tokens"
 SCHEMA_VERSION = 1

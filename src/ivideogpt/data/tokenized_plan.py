@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 
 from ivideogpt.data.clips import ClipSettings, cut_clip
 from ivideogpt.data.codec import CorruptRecordError
+from ivideogpt.data.manifest import MANIFEST, file_sha256
 from ivideogpt.data.reader import ShardSet
 from ivideogpt.data.segments import even_starts, last_start, shrink_stride
-from ivideogpt.data.shards import MANIFEST, file_sha256
 from ivideogpt.data.transforms import Augmentation, augment, to_float
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ivideogpt.data.manifest import MANIFEST, file_sha256, package_version, write_json
 from ivideogpt.data.reader import ShardError
-from ivideogpt.data.shards import MANIFEST, file_sha256, package_version, write_json
 from ivideogpt.data.tokenized import (
     FORMAT,
     MAX_VOCAB,
