@@ -15,6 +15,7 @@ from ivideogpt.data.codec import encode_episode
 from ivideogpt.data.episode import Episode
 from ivideogpt.data.packing import pack, unique_keys
 from ivideogpt.data.reader import ShardError, ShardSet, verify_set
+from ivideogpt.data.shards import ShardSetWriter, encoded
 from ivideogpt.data.sources.npz import NpzOptions
 
 
@@ -180,3 +181,45 @@ def test_manifest_names_the_command(folder: Path, tmp_path: Path) -> None:
         json.loads((tmp_path / "out" / "manifest.json").read_text())["command"]
         == "ivideogpt data pack here --out there"
     )
+
+
+def test_codecs(shared: Path, tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    """Lossless unless another codec is named, which then says what it loses."""
+    source = shared / "data" / "fractal_sample.npz"
+    video = np.load(source)["image"]
+    sizes = {}
+    for codec in ("delta-zstd", "delta-zlib", "jpeg-90", "jpeg-98"):
+        out = tmp_path / codec
+        assert run("pack", source, "--out", out, "--codec", codec, "--workers", "1") == 0
+        assert run("pack", source, "--out", out, "--codec", codec, "--workers", "1") == 0
+        assert "nothing to do" in capsys.readouterr().out
+        assert verify_set(out) == []
+        shards = ShardSet(out)
+        episode = shards.episode(0)
+        assert episode is not None
+        says, sizes[codec] = shards.manifest["codec"], shards.manifest["shards"][0]["size"]
+        assert says["name"] == codec and says["lossless"] is (codec.startswith("delta"))
+        assert ("--codec" in shards.manifest["command"]) is (codec != "delta-zstd")
+        error = float(((episode.video.astype(int) - video) ** 2).mean())
+        if says["lossless"]:
+            assert error == 0 and "psnr" not in says
+        else:
+            assert says["psnr"]["all"] == pytest.approx(10 * np.log10(255**2 / error))
+            assert says["psnr"]["worst"] == pytest.approx(says["psnr"]["all"])
+            assert says["psnr"]["all"] > 40
+    assert sizes["jpeg-90"] < sizes["jpeg-98"] < sizes["delta-zstd"] < sizes["delta-zlib"]
+    with pytest.raises(ValueError, match=r"holds .*; choose another folder or overwrite it"):
+        run("pack", source, "--out", tmp_path / "jpeg-90")
+    with pytest.raises(ValueError, match="codec 'h265' is not known; there are delta-zstd, delta-zlib, jpeg-50"):
+        run("pack", source, "--out", tmp_path / "none", "--codec", "h265")
+    assert not (tmp_path / "none").exists()
+
+
+def test_one_set_has_one_codec(tmp_path: Path, make_episode: Callable[..., Episode]) -> None:
+    with pytest.raises(ValueError, match="not 'delta-zstd' and 'jpeg-90'"), ShardSetWriter(tmp_path / "one") as writer:
+        writer.write("a", make_episode())
+        writer.write_encoded("b", *encoded(make_episode(), "jpeg-90"))
+    two = ShardSetWriter(tmp_path / "two", shard_episodes=1)
+    with pytest.raises(ValueError, match="not 'delta-zstd' and 'jpeg-90'"), two as writer:
+        writer.write("a", make_episode())
+        writer.write_encoded("b", *encoded(make_episode(), "jpeg-90"))

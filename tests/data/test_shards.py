@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from ivideogpt.data.codec import decode_episode, encode_episode
+from ivideogpt.data.codec import decode_episode
 from ivideogpt.data.episode import Episode
 from ivideogpt.data.reader import ShardSet, verify_set
-from ivideogpt.data.shards import MANIFEST, ShardSetWriter, summary
+from ivideogpt.data.shards import MANIFEST, ShardSetWriter, encoded
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -254,7 +254,7 @@ def test_encoded_elsewhere(tmp_path: Path, make_episode: Callable[..., Episode])
     with ShardSetWriter(tmp_path / "a") as writer:
         writer.write("one", episode)
     with ShardSetWriter(tmp_path / "b") as writer:
-        writer.write_encoded("one", encode_episode(episode), summary(episode))
+        writer.write_encoded("one", *encoded(episode))
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 

@@ -1,30 +1,21 @@
 """One episode as the bytes of one safetensors record, of which a clip decompresses only the blocks it needs.
 
-The video is cut into blocks of `BLOCK_LENGTH` frames. Within a block every frame but the first is replaced by its
-difference to the frame before (modulo 256, so nothing is lost) and the block is compressed with zlib. Measured on
-Meta-World / BAIR / RT-1 frames as a fraction of the raw bytes:
-
-    block of          1       4       8       16 frames
-    no difference     0.41/0.90/0.50  0.19/0.86/0.50  0.15/0.85/0.50  0.13/0.84/0.50
-    difference                        0.17/0.56/0.44  0.13/0.50/0.43  0.11/0.47/0.42
-    to the first                      0.18/0.60/0.45  0.15/0.57/0.46  0.13/0.62/0.46
-
-Decoding takes 0.05-0.1 ms a frame at 64 px in all of them, so 8 is the compromise between size and the frames that a
-clip decodes for nothing. zlib level 9 costs five times the time for 2 %; a spatial difference in the first frame gains
-5 %: neither is worth it.
+The video is cut into blocks of a few frames, each compressed alone by a codec (see `blocks`), which the record names.
 
     blocks          uint8 (N,)                all compressed blocks one after another
     block_offsets   int64 (blocks + 1,)       where each begins
     actions         float32 (T, A)            absent without actions
     rewards         float32 (T,)              absent without rewards
     terminations    uint8 (T,)
-    __metadata__    {"episode": JSON}         shape, codec, fps, camera, source, licence, metadata, checksum
+    __metadata__    {"episode": JSON}         shape, codec, block_length, fps, camera, source, licence, metadata,
+                                              checksum, and squared_error over all values where something is lost
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -33,48 +24,36 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save as save_safetensors
 
+from ivideogpt.data.blocks import DEFAULT_CODEC, Codec, CorruptRecordError, codec_named
 from ivideogpt.data.episode import Episode
 
-BLOCK_LENGTH = 8
-CODEC = "delta-zlib"
-_DTYPES = {"U8": np.uint8, "I64": np.int64, "F32": np.float32}
+__all__ = ["CorruptRecordError", "Record", "decode_episode", "encode_episode", "encode_video"]
+
+_TENSORS = {
+    "blocks": ("U8", np.uint8),
+    "block_offsets": ("I64", np.int64),
+    "actions": ("F32", np.float32),
+    "rewards": ("F32", np.float32),
+    "terminations": ("U8", np.uint8),
+}
 _MAX_HEADER = 16 * 2**20  # bytes; a larger header is a corrupt length, not an episode
+_HEAD = 8192  # bytes read at first: most often all that stands in front of the blocks
 
 
-class CorruptRecordError(ValueError):
-    """A record whose bytes cannot be what the writer wrote."""
+def encode_video(video: np.ndarray, codec: Codec) -> list[bytes]:
+    """Compresses a video (T, H, W, C) uint8 into blocks of `codec.block_length` frames."""
+    length = codec.block_length
+    return [codec.encode(np.ascontiguousarray(video[n : n + length])) for n in range(0, len(video), length)]
 
 
-def encode_video(video: np.ndarray, block_length: int = BLOCK_LENGTH) -> list[bytes]:
-    """Compresses a video (T, H, W, C) uint8 into blocks of `block_length` frames."""
-    blocks = []
-    for first in range(0, len(video), block_length):
-        block = video[first : first + block_length].copy()
-        block[1:] -= video[first : first + len(block) - 1]
-        blocks.append(zlib.compress(block.tobytes(), 6))
-    return blocks
-
-
-def decode_block(data: bytes, shape: Sequence[int]) -> np.ndarray:
-    """Decompresses one block into frames of `shape` (frames, H, W, C).
+def encode_episode(episode: Episode, codec: str = DEFAULT_CODEC) -> bytes:
+    """Encodes an episode as the bytes of a safetensors file.
 
     Raises:
-        CorruptRecordError: The bytes are not a block of that shape.
+        ValueError: No codec has that name.
     """
-    size = int(np.prod(shape))
-    inflater = zlib.decompressobj()
-    try:
-        raw = inflater.decompress(data, size + 1)  # the limit keeps a hostile block from filling the memory
-    except zlib.error as error:
-        raise CorruptRecordError(f"bad image block: {error}") from error
-    if len(raw) != size or not inflater.eof:
-        raise CorruptRecordError(f"bad image block: it does not hold the {size} bytes of shape {tuple(shape)}")
-    return np.add.accumulate(np.frombuffer(raw, np.uint8).reshape(shape), axis=0, dtype=np.uint8)
-
-
-def encode_episode(episode: Episode, block_length: int = BLOCK_LENGTH) -> bytes:
-    """Encodes an episode as the bytes of a safetensors file."""
-    blocks = encode_video(episode.video, block_length)
+    coder = codec_named(codec)
+    blocks = encode_video(episode.video, coder)
     assert episode.terminations is not None
     tensors: dict[str, np.ndarray] = {
         "block_offsets": np.cumsum([0] + [len(block) for block in blocks], dtype=np.int64),
@@ -84,10 +63,10 @@ def encode_episode(episode: Episode, block_length: int = BLOCK_LENGTH) -> bytes:
         tensors["actions"] = np.ascontiguousarray(episode.actions)
     if episode.rewards is not None:
         tensors["rewards"] = np.ascontiguousarray(episode.rewards)
-    header = {
+    header: dict[str, Any] = {
         "shape": list(episode.video.shape),
-        "codec": CODEC,
-        "block_length": block_length,
+        "codec": codec,
+        "block_length": coder.block_length,
         "fps": float(episode.fps),
         "camera": episode.camera,
         "source": episode.source,
@@ -95,12 +74,26 @@ def encode_episode(episode: Episode, block_length: int = BLOCK_LENGTH) -> bytes:
         "metadata": episode.metadata,
         "checksum": _checksum(tensors),
     }
+    if not coder.lossless:
+        header["squared_error"] = _squared_error(episode.video, blocks, coder)
     tensors["blocks"] = np.frombuffer(b"".join(blocks), np.uint8)
     return save_safetensors(tensors, {"episode": json.dumps(header, sort_keys=True)})
 
 
+def _squared_error(video: np.ndarray, blocks: Sequence[bytes], codec: Codec) -> int:
+    """Sum over all values of what was written, read back."""
+    error, back = 0, np.empty(video.shape[1:], np.uint8)
+    for number, block in enumerate(blocks):
+        first = number * codec.block_length
+        shape = (min(codec.block_length, len(video) - first), *back.shape)
+        for inside in range(shape[0]):
+            codec.decode(block, shape, {inside: back})
+            error += int(((video[first + inside].astype(np.int64) - back) ** 2).sum())
+    return error
+
+
 def _checksum(tensors: dict[str, np.ndarray]) -> int:
-    """CRC-32 of everything but the blocks (zlib checks those itself)."""
+    """CRC-32 of everything but the blocks (those have their own)."""
     value = 0
     for name in sorted(tensors):
         value = zlib.crc32(tensors[name].tobytes(), zlib.crc32(name.encode(), value))
@@ -118,7 +111,8 @@ class Record:
     size: int
     header: dict[str, Any]
     tensors: dict[str, np.ndarray]  # everything but the blocks
-    _blocks_at: int = 0
+    codec: Codec
+    _blocks_at: int
 
     @classmethod
     def open(cls, read: Callable[[int, int], bytes], size: int) -> Record:
@@ -127,35 +121,36 @@ class Record:
         Raises:
             CorruptRecordError: Anything that an intact record cannot hold.
         """
+        head = read(0, min(size, _HEAD))
+
+        def part(begin: int, end: int) -> bytes:
+            return head[begin:end] if end <= len(head) else read(begin, end - begin)
+
         if size < 8:
             raise CorruptRecordError(f"{size} bytes are too few for a record")
-        (header_size,) = struct.unpack("<Q", read(0, 8))
+        (header_size,) = struct.unpack("<Q", head[:8])
+        start = 8 + header_size
         if header_size > min(size - 8, _MAX_HEADER):
             raise CorruptRecordError(f"header of {header_size} bytes in a record of {size}")
         try:
-            entries = json.loads(read(8, header_size))
+            entries = json.loads(part(8, start))
             header = json.loads(entries.pop("__metadata__")["episode"])
+            spans = {name: _span(name, entry, size - start) for name, entry in entries.items()}
             tensors = {}
-            spans = {name: _span(entry, size - 8 - header_size) for name, entry in entries.items()}
             for name, (begin, end) in spans.items():
                 if name != "blocks":
-                    array = np.frombuffer(read(8 + header_size + begin, end - begin), _DTYPES[entries[name]["dtype"]])
+                    array = np.frombuffer(part(start + begin, start + end), _TENSORS[name][1])
                     tensors[name] = array.reshape(entries[name]["shape"])
             blocks_at, blocks_end = spans["blocks"]
-            offsets, shape = tensors["block_offsets"], header["shape"]
-            expected = -(-shape[0] // header["block_length"]) + 1
-            bad_offsets = len(offsets) != expected or offsets[0] != 0 or (np.diff(offsets) <= 0).any()
-            if bad_offsets or offsets[-1] != blocks_end - blocks_at:
-                raise CorruptRecordError(f"block offsets {offsets.tolist()[:4]}... do not fit a video of shape {shape}")
-            if header["codec"] != CODEC:
-                raise CorruptRecordError(f"codec {header['codec']!r} is not known (known: {CODEC!r})")
+            codec = codec_named(header["codec"])
+            _check_shape(header, tensors, blocks_end - blocks_at, codec)
             if header["checksum"] != _checksum(tensors):
                 raise CorruptRecordError("checksum of actions, rewards and terminations differs")
         except CorruptRecordError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CorruptRecordError(f"unreadable header: {type(error).__name__}: {error}") from error
-        return cls(read, size, header, tensors, 8 + header_size + blocks_at)
+        return cls(read, size, header, tensors, codec, start + blocks_at)
 
     def __len__(self) -> int:
         return self.header["shape"][0]
@@ -173,12 +168,20 @@ class Record:
             raise IndexError(f"frames {wanted.tolist()} of an episode of {length}")
         block_length, offsets = self.header["block_length"], self.tensors["block_offsets"]
         out = np.empty((len(wanted), height, width, channels), np.uint8)
-        for block in np.unique(wanted // block_length):
-            first = int(block) * block_length
-            data = self.read(self._blocks_at + int(offsets[block]), int(offsets[block + 1] - offsets[block]))
-            decoded = decode_block(data, (min(block_length, length - first), height, width, channels))
-            here = wanted // block_length == block
-            out[here] = decoded[wanted[here] - first]
+        places: dict[int, int] = {}  # of each frame in `out`
+        repeats = [
+            (place, frame) for place, frame in enumerate(wanted.tolist()) if places.setdefault(frame, place) != place
+        ]
+        blocks: dict[int, dict[int, np.ndarray]] = {}
+        for frame, place in places.items():
+            blocks.setdefault(frame // block_length, {})[frame % block_length] = out[place]
+        for block in sorted(blocks):
+            begin, end = int(offsets[block]), int(offsets[block + 1])
+            data = self.read(self._blocks_at + begin, end - begin)
+            frames = min(block_length, length - block * block_length)
+            self.codec.decode(data, (frames, height, width, channels), blocks[block])
+        for place, frame in repeats:
+            out[place] = out[places[frame]]
         return out
 
     def episode(self) -> Episode:
@@ -209,10 +212,34 @@ def decode_episode(data: bytes) -> Episode:
     return Record.open(lambda offset, size: data[offset : offset + size], len(data)).episode()
 
 
-def _span(entry: dict[str, Any], limit: int) -> tuple[int, int]:
+def _span(name: str, entry: dict[str, Any], limit: int) -> tuple[int, int]:
     """Begin and end of a tensor, checked against dtype, shape and the bytes there are."""
+    if name not in _TENSORS or entry["dtype"] != _TENSORS[name][0]:  # unknown ones would be read for nothing
+        raise CorruptRecordError(f"tensor {name!r} of type {entry['dtype']} is none of a record")
     begin, end = entry["data_offsets"]
-    size = int(np.prod(entry["shape"], dtype=np.int64)) * np.dtype(_DTYPES[entry["dtype"]]).itemsize
+    size = math.prod(entry["shape"]) * np.dtype(_TENSORS[name][1]).itemsize
     if not 0 <= begin <= end <= limit or end - begin != size:
         raise CorruptRecordError(f"tensor at {begin}..{end} with shape {entry['shape']} in {limit} bytes")
     return begin, end
+
+
+def _check_shape(header: dict[str, Any], tensors: dict[str, np.ndarray], stored: int, codec: Codec) -> None:
+    """Checks the shape of the video against its blocks, so that a lie is refused before memory is spent on it."""
+    shape, block_length, offsets = header["shape"], header["block_length"], tensors["block_offsets"]
+    if (
+        len(shape) != 4
+        or shape[3] != 3
+        or not all(type(value) is int and value > 0 for value in (*shape, block_length))
+    ):
+        raise CorruptRecordError(f"a video of shape {shape} in blocks of {block_length}")
+    sizes = np.diff(offsets)
+    bad_offsets = offsets.shape != (-(-shape[0] // block_length) + 1,) or offsets[0] != 0 or (sizes <= 0).any()
+    if bad_offsets or offsets[-1] != stored:
+        raise CorruptRecordError(f"block offsets {offsets.tolist()[:4]}... do not fit a video of shape {shape}")
+    frame, last = math.prod(shape[1:]), shape[0] - (len(sizes) - 1) * block_length
+    frames = [block_length] * (len(sizes) - 1) + [last]
+    if any(count * frame > int(size) * codec.ratio for count, size in zip(frames, sizes, strict=True)):
+        raise CorruptRecordError(f"{stored} bytes cannot hold a video of shape {shape}")
+    for name, tensor in tensors.items():
+        if name != "block_offsets" and tensor.shape[:1] != (shape[0],):
+            raise CorruptRecordError(f"{name} of shape {tensor.shape} for {shape[0]} frames")

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ivideogpt.data.codec import BLOCK_LENGTH, CODEC
+from ivideogpt.data.blocks import codec_named, psnr
 
 FORMAT = "ivideogpt-shards"
 SCHEMA_VERSION = 1
@@ -88,6 +88,30 @@ class RunningStats:
 
 
 @dataclasses.dataclass
+class Error:
+    """What frames have lost.
+
+    Args:
+        squared: Sum of squared differences of all values.
+        values: Their number.
+        worst: The largest mean of an episode.
+    """
+
+    squared: int = 0
+    values: int = 0
+    worst: float = 0.0
+
+    def add(self, other: Error) -> None:
+        """Adds what others have lost."""
+        self.squared, self.values = self.squared + other.squared, self.values + other.values
+        self.worst = max(self.worst, other.worst)
+
+    def decibel(self) -> dict[str, float | None]:
+        """PSNR over all values, and of the worst episode."""
+        return {"all": psnr(self.squared, self.values), "worst": psnr(self.worst, 1)}
+
+
+@dataclasses.dataclass
 class ShardRow:
     """What the manifest needs to know of one shard.
 
@@ -96,23 +120,29 @@ class ShardRow:
         sha256: Its hash.
         members: Its episodes: key, offset, size, crc32 and what `summary` says but the arrays.
         statistics: Of `actions` and `rewards`; those of several shards can be merged.
+        codec: Of all its episodes.
+        error: What a codec that loses something has lost.
     """
 
     size: int
     sha256: str
     members: list[dict[str, Any]]
     statistics: dict[str, RunningStats]
+    codec: str
+    error: Error
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON that keeps every bit."""
         statistics = {name: stats.state() for name, stats in self.statistics.items()}
-        return {"size": self.size, "sha256": self.sha256, "members": self.members, "statistics": statistics}
+        row = {"size": self.size, "sha256": self.sha256, "members": self.members, "statistics": statistics}
+        return row | {"codec": self.codec, "error": dataclasses.asdict(self.error)}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> ShardRow:
         """What `to_json` was taken of."""
         statistics = {name: RunningStats.restored(state) for name, state in row["statistics"].items()}
-        return cls(row["size"], row["sha256"], row["members"], statistics)
+        error = Error(**row["error"])
+        return cls(row["size"], row["sha256"], row["members"], statistics, row["codec"], error)
 
 
 Staged = Sequence[tuple[Path, Callable[[], ShardRow]]]
@@ -191,9 +221,14 @@ class _Sums:
         self.resolutions, self.action_dims = set[tuple[int, int]](), set[int]()
         self.sources: dict[str, dict[str, Any]] = {}
         self.licences: set[str] = set()
+        self.codec, self.error = "", Error()
         self.statistics = {"actions": RunningStats(), "rewards": RunningStats()}
 
     def add(self, row: ShardRow) -> None:
+        if self.codec not in ("", row.codec):
+            raise ValueError(f"one set has one codec, not {self.codec!r} and {row.codec!r}")
+        self.codec = row.codec
+        self.error.add(row.error)
         for member in row.members:
             if member["key"] in self.keys:
                 raise ValueError(f"two episodes have the key {member['key']!r}")
@@ -213,12 +248,14 @@ class _Sums:
     def manifest(
         self, shards: int, command: str, extra: dict[str, Any], quarantine: Sequence[dict[str, Any]]
     ) -> dict[str, Any]:
+        codec = codec_named(self.codec)
+        described: dict[str, Any] = {"name": codec.name, "block_length": codec.block_length, "lossless": codec.lossless}
         return {
             "format": FORMAT,
             "schema_version": SCHEMA_VERSION,
             "converter": f"ivideogpt {package_version()}",
             "command": command,
-            "codec": {"name": CODEC, "block_length": BLOCK_LENGTH},
+            "codec": described | ({} if codec.lossless else {"psnr": self.error.decibel()}),
             "counts": {"shards": shards, "episodes": len(self.keys), "frames": self.frames},
             "resolutions": sorted(self.resolutions),
             "action_dims": sorted(self.action_dims),

@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from ivideogpt.data.blocks import DEFAULT_CODEC, codec_named
 from ivideogpt.data.conversion.listing import SET, STREAM, is_set_or_stream, list_source, unique_keys
 from ivideogpt.data.conversion.local import Done, run_here, run_processes
 from ivideogpt.data.conversion.plan import Settings, Unit, make_plan
@@ -80,6 +81,7 @@ def pack(
     max_bad: float = MAX_BAD,
     part: tuple[int, int] | None = None,
     engine: str = "local",
+    codec: str = DEFAULT_CODEC,
 ) -> PackReport:
     """Packs every episode of `source` into shards.
 
@@ -108,6 +110,7 @@ def pack(
         max_bad: Largest share of bad episodes under `skip`.
         part: (i, n): converts the i-th of n parts, i from 1; the one that ends last makes the sets.
         engine: `local`, or `ray` for a cluster.
+        codec: How frames are stored: a name of `blocks`; only the JPEGs lose something.
 
     Raises:
         ValueError: Nothing to pack, too many bad episodes, one under `error`, arguments out of range, or something
@@ -116,7 +119,7 @@ def pack(
     """
     _check(resize, holdout, holdout_every, policy, workers, max_bad, part, engine, overwrite)
     text, out = os.fspath(source), Path(out)
-    settings = Settings(resize, shard_bytes, policy == "error")
+    settings = Settings(resize, shard_bytes, policy == "error", codec_named(codec).name)
     listing = list_source(text, format, options, cameras, allow, max(shard_bytes // 16, 1))
     facts = {"options": None if options is None else repr(options), "cameras": list(cameras)}
     plan = make_plan(listing, settings, holdout, holdout_every, facts)

@@ -17,11 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ivideogpt.data.codec import encode_episode
+from ivideogpt.data.blocks import DEFAULT_CODEC, codec_named
+from ivideogpt.data.codec import Record, encode_episode
 from ivideogpt.data.episode import Episode
 from ivideogpt.data.manifest import (
     MANIFEST,
     SHARD_NAME,
+    Error,
     RunningStats,
     ShardRow,
     commit_set,
@@ -29,7 +31,7 @@ from ivideogpt.data.manifest import (
     refuse_to_replace,
 )
 
-__all__ = ["MANIFEST", "ShardRow", "ShardSetWriter", "ShardWriter", "commit_set", "summary"]
+__all__ = ["MANIFEST", "ShardRow", "ShardSetWriter", "ShardWriter", "commit_set", "encoded"]
 
 MEMBER_SUFFIX = ".safetensors"
 SHARD_BYTES = 256 * 2**20
@@ -50,29 +52,34 @@ class ShardWriter:
         self.aside = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.partial")
         self.members: list[dict[str, Any]] = []
         self._statistics = {"actions": RunningStats(), "rewards": RunningStats()}
+        self._codec, self._error = "", Error()
         self._file = open(self.aside, "wb")  # noqa: SIM115 - open across calls
         # mtime=0: equal input gives equal shards, and no extended header, which would double the reading time.
         self._tar: Any = webdataset.TarWriter(self._file, encoder=False, mtime=0)
 
     def write(self, key: str, episode: Episode) -> None:
         """Encodes and appends one episode."""
-        self.write_encoded(key, encode_episode(episode), summary(episode))
+        self.write_encoded(key, *encoded(episode))
 
     def write_encoded(self, key: str, data: bytes, info: dict[str, Any]) -> None:
-        """Appends an episode that was encoded elsewhere (`encode_episode`, `summary`).
+        """Appends an episode that was encoded elsewhere (`encoded`).
 
         Raises:
-            ValueError: The key is not allowed.
+            ValueError: The key is not allowed, or the episode has another codec than those before it.
             OSError: It cannot be written; `abort` then.
         """
         if not KEY_PATTERN.match(key):
             raise ValueError(f"episode key {key!r} may hold letters, digits, '-' and '_' only, at most 81 of them")
+        if self._codec not in ("", info["codec"]):
+            raise ValueError(f"one shard has one codec, not {self._codec!r} and {info['codec']!r}")
+        self._codec = info["codec"]
+        self._error.add(info["error"])
         offset = self._tar.tarstream.offset + tarfile.BLOCKSIZE
         self._tar.write({"__key__": key, MEMBER_SUFFIX[1:]: data})
         self.size = offset + len(data)
         for name, stats in self._statistics.items():
             stats.add(info[name])
-        kept = {name: value for name, value in info.items() if name not in self._statistics}
+        kept = {name: value for name, value in info.items() if name not in (*self._statistics, "codec", "error")}
         self.members.append({"key": key, "offset": offset, "size": len(data), "crc32": zlib.crc32(data)} | kept)
 
     def close(self) -> ShardRow:
@@ -81,7 +88,8 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        row = ShardRow(self.aside.stat().st_size, file_sha256(self.aside), self.members, self._statistics)
+        size, sha256 = self.aside.stat().st_size, file_sha256(self.aside)
+        row = ShardRow(size, sha256, self.members, self._statistics, self._codec, self._error)
         os.replace(self.aside, self.path)
         return row
 
@@ -109,9 +117,10 @@ class ShardSetWriter:
         overwrite: Replace a set that is there already.
         command: The command line that makes the set; kept in the manifest.
         extra: Further JSON for the manifest (fidelity, options, ...).
+        codec: Of what `write` encodes.
 
     Raises:
-        ValueError: There is a set already and `overwrite` is False, or a bad name.
+        ValueError: There is a set already and `overwrite` is False, or a bad name or codec.
     """
 
     def __init__(
@@ -123,8 +132,10 @@ class ShardSetWriter:
         overwrite: bool = False,
         command: str = "",
         extra: dict[str, Any] | None = None,
+        codec: str = DEFAULT_CODEC,
     ) -> None:
         self.out = Path(out)
+        self.codec = codec_named(codec).name
         if not KEY_PATTERN.match(name):
             raise ValueError(f"shard name {name!r} may hold letters, digits, '-' and '_' only")
         refuse_to_replace(self.out, overwrite)
@@ -170,10 +181,10 @@ class ShardSetWriter:
 
     def write(self, key: str, episode: Episode) -> None:
         """Encodes and appends one episode."""
-        self.write_encoded(key, encode_episode(episode), summary(episode))
+        self.write_encoded(key, *encoded(episode, self.codec))
 
     def write_encoded(self, key: str, data: bytes, info: dict[str, Any]) -> None:
-        """Appends an episode that was encoded elsewhere (`encode_episode`, `summary`), as parallel workers do."""
+        """Appends an episode that was encoded elsewhere (`encoded`), as parallel workers do."""
         if key in self._keys:
             raise ValueError(f"two episodes have the key {key!r}")
         with self._explained():
@@ -202,9 +213,20 @@ class ShardSetWriter:
             path.unlink(missing_ok=True)
 
 
-def summary(episode: Episode) -> dict[str, Any]:
-    """What the manifest keeps about an episode, with its actions and rewards for the statistics."""
-    return {
+def encoded(episode: Episode, codec: str = DEFAULT_CODEC) -> tuple[bytes, dict[str, Any]]:
+    """The record of an episode and what the manifest keeps about it, with its actions and rewards for the statistics.
+
+    Raises:
+        ValueError: No codec has that name.
+    """
+    data, error = encode_episode(episode, codec), Error()
+    if not codec_named(codec).lossless:
+        header = Record.open(lambda offset, size: data[offset : offset + size], len(data)).header
+        squared, values = header["squared_error"], episode.video.size
+        error = Error(squared, values, squared / values)
+    return data, {
+        "codec": codec,
+        "error": error,
         "frames": len(episode),
         "resolution": list(episode.resolution),
         "action_dim": episode.action_dim,

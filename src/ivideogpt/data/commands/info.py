@@ -28,6 +28,6 @@ def _info(args: Namespace) -> int:
         table.add_row(name, entry["licence"], str(entry["episodes"]), str(entry["frames"]))
     console = Console()
     console.print(table)
-    for label in ("counts", "resolutions", "action_dims", "has_rewards", "converter", "command"):
+    for label in ("counts", "codec", "resolutions", "action_dims", "has_rewards", "converter", "command"):
         console.print(f"{label}: {manifest[label]}", highlight=False, soft_wrap=True)
     return 0

@@ -11,6 +11,7 @@ from argparse import BooleanOptionalAction
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from ivideogpt.data.blocks import DEFAULT_CODEC, NAMES
 from ivideogpt.data.commands.arguments import part
 from ivideogpt.data.commands.progress import episode_progress
 from ivideogpt.data.formats import (
@@ -47,6 +48,10 @@ def add(commands: _SubParsersAction) -> None:
     command.add_argument("--out", required=True, help="folder of the shard set")
     command.add_argument("--format", choices=tuple(FORMATS), help="what the recordings are; guessed where that is safe")
     command.add_argument("--resize", type=int, metavar="N", help="centre-crop and resize to N x N pixels")
+    command.add_argument(
+        "--codec", default=DEFAULT_CODEC, metavar="NAME",
+        help=f"how frames are stored: {NAMES} (default: {DEFAULT_CODEC}); JPEG loses what the manifest says",
+    )  # fmt: skip
     command.add_argument("--holdout", type=float, default=0.0, metavar="F", help="share of recordings for OUT/heldout")
     command.add_argument("--holdout-every", type=int, metavar="N", help="or every N-th recording")
     command.add_argument("--strict", action="store_true", help="stop at a bad episode instead of leaving it out")
@@ -123,6 +128,7 @@ def _pack(args: Namespace) -> int:
             max_bad=args.max_bad,
             part=args.part,
             engine=args.engine,
+            codec=args.codec,
         )
     _tell(report)
     return 0
@@ -182,4 +188,6 @@ def _command(args: Namespace, given: dict[str, Any]) -> str:
         elif value:
             for one in value if isinstance(value, list) else [value]:
                 words += [f"--{flag}", str(one)]
+    if args.codec != DEFAULT_CODEC:
+        words += ["--codec", args.codec]
     return shlex.join(words + (["--strict"] if args.strict else []))

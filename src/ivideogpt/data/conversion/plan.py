@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from ivideogpt.data.codec import BLOCK_LENGTH, CODEC
+from ivideogpt.data.blocks import DEFAULT_CODEC, codec_named
 from ivideogpt.data.conversion.listing import Listing, Piece
 from ivideogpt.data.manifest import package_version
 
@@ -24,11 +24,13 @@ class Settings:
         resize: Centre-crop and resize to this many pixels; None leaves the frames.
         shard_bytes: A shard is closed when it holds so many bytes.
         strict: A bad episode ends the conversion.
+        codec: How frames are stored (`blocks.codec_named`).
     """
 
     resize: int | None = None
     shard_bytes: int = 256 * 2**20
     strict: bool = False
+    codec: str = DEFAULT_CODEC
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,7 @@ def make_plan(
         "shard_bytes": settings.shard_bytes,
         "holdout": holdout,
         "holdout_every": holdout_every,
-        "codec": [CODEC, BLOCK_LENGTH],
+        "codec": [settings.codec, codec_named(settings.codec).block_length],
         "converter": package_version(),
         "episodes": total,
         "source_files": files,

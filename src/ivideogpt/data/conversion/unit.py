@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ivideogpt.data.codec import encode_episode
 from ivideogpt.data.conversion.plan import Settings, Unit
 from ivideogpt.data.episode import Episode
 from ivideogpt.data.manifest import ShardRow, write_json
-from ivideogpt.data.shards import ShardWriter, summary
+from ivideogpt.data.shards import ShardWriter, encoded
 from ivideogpt.data.sources.frames import Job, files_of, stamp
 from ivideogpt.data.transforms import fit_uint8
 
@@ -90,7 +89,7 @@ def convert_unit(
             try:
                 if index in crashed:
                     raise ChildProcessError(crashed[index])
-                data, info = _encoded(read, settings.resize, stamps)
+                data, info = _encoded(read, settings, stamps)
             except ImportError:
                 raise
             except Exception as error:
@@ -144,7 +143,7 @@ def _chosen(unit: Unit) -> Iterator[Job]:
 
 
 def _encoded(
-    read: Callable[[], Episode], resize: int | None, stamps: dict[Path, tuple[int, int]]
+    read: Callable[[], Episode], settings: Settings, stamps: dict[Path, tuple[int, int]]
 ) -> tuple[bytes, dict[str, Any]]:
     """The record of an episode and what the manifest keeps of it.
 
@@ -162,9 +161,9 @@ def _encoded(
         for file in files:
             if stamp(file) != stamps[file]:
                 raise ValueError(f"{file} changed while it was read")
-    if resize is not None:
-        episode = _resized(episode, resize)
-    return encode_episode(episode), summary(episode)
+    if settings.resize is not None:
+        episode = _resized(episode, settings.resize)
+    return encoded(episode, settings.codec)
 
 
 def _resized(episode: Episode, resolution: int) -> Episode:

@@ -24,9 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from ivideogpt.data.codec import encode_episode
 from ivideogpt.data.episode import Episode
-from ivideogpt.data.shards import ShardSetWriter, summary
+from ivideogpt.data.shards import ShardSetWriter, encoded
 from ivideogpt.data.sources.rendering import choose_gl, renderer
 
 LICENCE = "MIT"
@@ -236,7 +235,7 @@ def _job(job: tuple[str, int, float, dict[str, Any]]) -> tuple[str, bytes, dict[
     episode = rollout_expert(task, noise, rng, **options)
     episode.metadata.update(seed=seed, index=index)
     key = f"{task.removesuffix('-v3')}-s{seed}-n{round(100 * noise):03d}-{index:05d}"
-    return key, encode_episode(episode), summary(episode)
+    return key, *encoded(episode)
 
 
 def _one_render_thread() -> None:
