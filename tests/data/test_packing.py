@@ -207,7 +207,7 @@ def test_codecs(shared: Path, tmp_path: Path, run: Callable[..., int], capsys: p
             assert says["psnr"]["all"] == pytest.approx(10 * np.log10(255**2 / error))
             assert says["psnr"]["worst"] == pytest.approx(says["psnr"]["all"])
             assert says["psnr"]["all"] > 40
-    assert sizes["jpeg-90"] < sizes["jpeg-98"] < sizes["delta-zstd"] < sizes["delta-zlib"]
+    assert sizes["jpeg-90"] < sizes["jpeg-98"] < min(sizes["delta-zstd"], sizes["delta-zlib"])
     with pytest.raises(ValueError, match=r"holds .*; choose another folder or overwrite it"):
         run("pack", source, "--out", tmp_path / "jpeg-90")
     with pytest.raises(ValueError, match="codec 'h265' is not known; there are delta-zstd, delta-zlib, jpeg-50"):
@@ -215,11 +215,14 @@ def test_codecs(shared: Path, tmp_path: Path, run: Callable[..., int], capsys: p
     assert not (tmp_path / "none").exists()
 
 
-def test_one_set_has_one_codec(tmp_path: Path, make_episode: Callable[..., Episode]) -> None:
-    with pytest.raises(ValueError, match="not 'delta-zstd' and 'jpeg-90'"), ShardSetWriter(tmp_path / "one") as writer:
-        writer.write("a", make_episode())
-        writer.write_encoded("b", *encoded(make_episode(), "jpeg-90"))
-    two = ShardSetWriter(tmp_path / "two", shard_episodes=1)
-    with pytest.raises(ValueError, match="not 'delta-zstd' and 'jpeg-90'"), two as writer:
-        writer.write("a", make_episode())
-        writer.write_encoded("b", *encoded(make_episode(), "jpeg-90"))
+def write_two_codecs(writer: ShardSetWriter, episode: Episode) -> None:
+    with writer:
+        writer.write("a", episode)
+        writer.write_encoded("b", *encoded(episode, "jpeg-90"))
+
+
+@pytest.mark.parametrize("per_shard", [1, 10])
+def test_one_set_has_one_codec(tmp_path: Path, make_episode: Callable[..., Episode], per_shard: int) -> None:
+    with pytest.raises(ValueError, match="not 'delta-zstd' and 'jpeg-90'"):
+        write_two_codecs(ShardSetWriter(tmp_path / "set", shard_episodes=per_shard), make_episode())
+    assert not (tmp_path / "set").exists()
