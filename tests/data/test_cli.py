@@ -33,10 +33,10 @@ def test_verify_finds_damage(
 ) -> None:
     out = tmp_path / "out"
     run("pack", shared / "data" / "metaworld" / "hammer", "--out", out)
-    entry = ShardSet(out).entries[0]
-    data = bytearray(entry["path"].read_bytes())
-    data[entry["offset"] + entry["size"] // 2] ^= 1
-    entry["path"].write_bytes(data)
+    path, offset, size = ShardSet(out).place(0)
+    data = bytearray(path.read_bytes())
+    data[offset + size // 2] ^= 1
+    path.write_bytes(data)
     capsys.readouterr()
     assert run("verify", out) == 1
     captured = capsys.readouterr()

@@ -196,10 +196,10 @@ def rewritten(data: bytes, change: Callable[[dict[str, Any], dict[str, Any]], No
         (lambda e, m: m.update(shape=[19, 16, 16, 3]), "for 19 frames"),
         (lambda e, m: m.update(codec="delta-pickle"), "codec 'delta-pickle' is not known"),
         (lambda e, m: m.update(codec=["jpeg-90"]), "unreadable header"),
-        (lambda e, m: e.update(extra=e["rewards"]), "tensor 'extra' of type F32 is none of a record"),
-        (lambda e, m: e["rewards"].update(dtype="I64"), "tensor 'rewards' of type I64"),
-        (lambda e, m: e["rewards"].update(shape=[2**62, 2**62]), "tensor at"),
-        (lambda e, m: e["rewards"].update(data_offsets=[0, 10**12]), "tensor at"),
+        (lambda e, m: e.update(extra=e["rewards"]), "tensor 'extra' of type float32 is none of a record"),
+        (lambda e, m: e["rewards"].update(dtype="I64"), "tensor 'rewards' of shape"),
+        (lambda e, m: e["rewards"].update(shape=[2**62, 2**62]), "tensor 'rewards' of shape"),
+        (lambda e, m: e["rewards"].update(data_offsets=[0, 10**12]), "tensor 'rewards' of shape"),
         (lambda e, m: e.pop("block_offsets"), "KeyError: 'block_offsets'"),
     ],
 )
@@ -216,7 +216,7 @@ def test_a_large_header(make_episode: Callable[..., Episode]) -> None:
     """Larger than what is read at first."""
     episode = make_episode(250, action_dim=30, metadata={"text": "x" * 20_000})
     back = decode_episode(encode_episode(episode))
-    np.testing.assert_array_equal(back.actions, episode.actions)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(back.actions, episode.actions)
     assert back.metadata == episode.metadata
 
 

@@ -270,10 +270,10 @@ def test_two_processes_with_two_workers(make_set: Sets, tmp_path: Path) -> None:
 
 def spoil(folder: Path, index: int) -> None:
     """Flips a byte in the middle of an episode's image blocks."""
-    entry = ShardSet(folder).entries[index]
-    data = bytearray(entry["path"].read_bytes())
-    data[entry["offset"] + entry["size"] // 2] ^= 0xFF
-    entry["path"].write_bytes(data)
+    path, offset, size = ShardSet(folder).place(index)
+    data = bytearray(path.read_bytes())
+    data[offset + size // 2] ^= 0xFF
+    path.write_bytes(data)
 
 
 @pytest.mark.filterwarnings("ignore:episode set-")

@@ -204,10 +204,10 @@ def test_page(run: Callable[..., int], good: Episodes, tmp_path: Path) -> None:
 
 def test_a_record_that_cannot_be_read_is_a_finding(run: Callable[..., int], good: Episodes, tmp_path: Path) -> None:
     folder = write(tmp_path / "set", good)
-    entry = ShardSet(folder).entries[3]
-    data = bytearray(entry["path"].read_bytes())
-    data[entry["offset"] + entry["size"] // 2] ^= 1
-    entry["path"].write_bytes(data)
+    path, offset, size = ShardSet(folder).place(3)
+    data = bytearray(path.read_bytes())
+    data[offset + size // 2] ^= 1
+    path.write_bytes(data)
     assert run("doctor", folder, "--json", tmp_path / "found.json") == 4
     (row,) = json.loads((tmp_path / "found.json").read_text())["findings"]
     assert (row["check"], row["keys"]) == ("unreadable", ["e3"])

@@ -124,7 +124,7 @@ def test_options_of_a_format(run: Callable[..., int], source: Callable[[str], Pa
     assert run("pack", folder, "--out", tmp_path / "out", "--workers", "1", *words) == 0
     shards = ShardSet(tmp_path / "out")
     assert [shards.key(index) for index in range(len(shards))] == ["demos_demo_0", "demos_demo_2"] or len(shards) == 2
-    assert shards.entries[0]["fps"] == 12.5
+    assert shards.index["fps"][0] == 12.5
     assert shards.manifest["licences"] == ["MIT"]
     assert (
         "--split train --no-next-frame" in shards.manifest["command"] or "--split train" in shards.manifest["command"]

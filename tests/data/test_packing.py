@@ -97,10 +97,10 @@ def test_a_set_can_be_packed_again(make_set: Callable[..., Path], tmp_path: Path
 
 def test_damaged_sets(make_set: Callable[..., Path], tmp_path: Path) -> None:
     source = make_set(episodes=6)
-    entry = ShardSet(source).entries[4]
-    data = bytearray(entry["path"].read_bytes())
-    data[entry["offset"] + entry["size"] // 2] ^= 1
-    entry["path"].write_bytes(data)
+    path, offset, size = ShardSet(source).place(4)
+    data = bytearray(path.read_bytes())
+    data[offset + size // 2] ^= 1
+    path.write_bytes(data)
     with pytest.raises(ShardError, match="set-004"):
         pack(source, tmp_path / "copy")
     with pytest.warns(UserWarning, match="set-004"):
@@ -127,9 +127,8 @@ def test_a_stream_has_no_holdout(make_set: Callable[..., Path], tmp_path: Path) 
 
 
 def test_a_truncated_stream(make_set: Callable[..., Path], tmp_path: Path) -> None:
-    entry = ShardSet(make_set(episodes=3, per_shard=3)).entries[1]
-    tar = entry["path"]
-    tar.write_bytes(tar.read_bytes()[: entry["offset"] + 10])
+    tar, offset, _ = ShardSet(make_set(episodes=3, per_shard=3)).place(1)
+    tar.write_bytes(tar.read_bytes()[: offset + 10])
     with pytest.raises(ValueError, match="not a whole tar"):
         pack(tar, tmp_path / "out")
     with pytest.warns(UserWarning, match="the rest after member 1 skipped"):

@@ -37,24 +37,27 @@ def files(folder: Path) -> dict[str, str]:
 def test_manifest(make_set: Callable[..., Path], make_episode: Callable[..., Episode]) -> None:
     folder = make_set(episodes=8, per_shard=3)
     manifest = json.loads((folder / MANIFEST).read_text())
-    assert manifest["schema_version"] == 1
+    assert manifest["schema_version"] == 2
     assert manifest["counts"] == {"shards": 3, "episodes": 8, "frames": sum(range(12, 20))}
     assert manifest["command"] == "made by a test"
     assert manifest["resolutions"] == [[16, 16]]
     assert manifest["licences"] == ["CC0-1.0"]
     assert manifest["sources"] == {
-        "synthetic": {"episodes": 8, "frames": sum(range(12, 20)), "licence": "CC0-1.0"},
-    }
+        "synthetic": {
+            "episodes": 8, "frames": sum(range(12, 20)), "licence": "CC0-1.0", "statistics": manifest["statistics"]
+        },
+    }  # fmt: skip
+    shards = ShardSet(folder)
     assert "ivideogpt" in manifest["converter"]
-    for shard in manifest["shards"]:
+    for number, shard in enumerate(manifest["shards"]):
         path = folder / shard["name"]
         assert shard["size"] == path.stat().st_size
         assert shard["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         with tarfile.open(path) as tar:
             members = {member.name: (member.offset_data, member.size, member.mtime) for member in tar}
-        assert members == {
-            member["key"] + ".safetensors": (member["offset"], member["size"], 0) for member in shard["members"]
-        }
+        rows = [row for row in map(shards.index.row, range(8)) if row["shard"] == number]
+        assert members == {row["key"] + ".safetensors": (row["offset"], row["size"], 0) for row in rows}
+        assert shard["episodes"] == len(rows)
     episodes = [make_episode(12 + i, seed=i) for i in range(8)]
     actions = np.concatenate([episode.actions[:-1] for episode in episodes if episode.actions is not None])
     statistics = manifest["statistics"]["actions"]
@@ -62,7 +65,8 @@ def test_manifest(make_set: Callable[..., Path], make_episode: Callable[..., Epi
     np.testing.assert_allclose(statistics["mean"], actions.mean(0), atol=1e-6)
     np.testing.assert_allclose(statistics["std"], actions.std(0), atol=1e-6)
     np.testing.assert_allclose(statistics["max"], actions.max(0))
-    assert sorted(files(folder)) == ["episodes-000000.tar", "episodes-000001.tar", "episodes-000002.tar", MANIFEST]
+    tars = ["episodes-000000.tar", "episodes-000001.tar", "episodes-000002.tar"]
+    assert sorted(files(folder)) == [*tars, manifest["index"]["name"], MANIFEST]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # WebDataset leaves its files open
@@ -121,7 +125,7 @@ def test_what_a_killed_writer_left_unlisted_goes(
     assert verify_set(folder) == []
     with ShardSetWriter(folder, overwrite=True) as writer:
         writer.write("new", make_episode())
-    assert sorted(files(folder))[1:] == [MANIFEST, "other-000000.tar"]
+    assert sorted(files(folder))[2:] == [MANIFEST, "other-000000.tar"]
 
 
 def test_overwriting_replaces_the_set(make_set: Callable[..., Path], make_episode: Callable[..., Episode]) -> None:
@@ -132,7 +136,7 @@ def test_overwriting_replaces_the_set(make_set: Callable[..., Path], make_episod
         assert verify_set(folder) == []
         shards = ShardSet(folder)
         assert [shards.key(i) for i in range(len(shards))] == ["new"]
-        assert len(files(folder)) == 2
+        assert len(files(folder)) == 3
 
 
 @pytest.mark.parametrize("key", ["", "a/b", "../a", "a.b", "-a", "a" * 90, "ä"])

@@ -281,10 +281,10 @@ def test_damage_is_found(model, shards: Path, tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.filterwarnings("ignore:episode square-")
 def test_bad_episodes_are_left_out_and_named(model, shards: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(shards, tmp_path / "set"))
-    entry = ShardSet(copy).entries[0]
-    data = bytearray(entry["path"].read_bytes())
-    data[entry["offset"] + entry["size"] // 2] ^= 0xFF
-    entry["path"].write_bytes(data)
+    path, offset, size = ShardSet(copy).place(0)
+    data = bytearray(path.read_bytes())
+    data[offset + size // 2] ^= 0xFF
+    path.write_bytes(data)
     options: dict[str, Any] = {"clips_per_episode": 3, "shard_clips": 3}
     with pytest.raises(ShardError, match="episode square-000: "):
         tokenize_clips(model.tokenizer, [str(copy)], tmp_path / "a", 4, **options)

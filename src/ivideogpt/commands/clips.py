@@ -53,7 +53,7 @@ class ClipSet:
         """One clip, with `source` and the `start` frame in its episode."""
         position = self.positions[number]
         episode, start = self.clips.places[position]
-        return self.clips[position] | {"source": self.shards.entries[episode]["source"], "start": start}
+        return self.clips[position] | {"source": self.shards.source(episode), "start": start}
 
     def batch(self, numbers: list[int]) -> dict[str, Any]:
         """Several clips, stacked."""

@@ -125,9 +125,9 @@ class FixedClips(_Clips):
         window = settings.horizon or settings.segment_length - settings.goal
         self.places: list[tuple[int, int]] = []
         for episode, (name, index) in enumerate(mixture.episodes):
-            entry = mixture.sets[name].entries[index]
-            stride = settings.stride_of(entry["fps"])
-            starts = even_starts(entry["frames"], window, stride, clips_per_episode)
+            rows = mixture.sets[name].index
+            stride = settings.stride_of(float(rows["fps"][index]))
+            starts = even_starts(int(rows["frames"][index]), window, stride, clips_per_episode)
             self.places.extend((episode, start) for start in starts)
 
     def drop_bad(self) -> None:

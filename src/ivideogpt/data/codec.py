@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import struct
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,17 +25,11 @@ from safetensors.numpy import save as save_safetensors
 
 from ivideogpt.data.blocks import DEFAULT_CODEC, Codec, CorruptRecordError, codec_named
 from ivideogpt.data.episode import Episode
+from ivideogpt.data.safetensors_header import read_header
 
 __all__ = ["CorruptRecordError", "Record", "decode_episode", "encode_episode", "encode_video"]
 
-_TENSORS = {
-    "blocks": ("U8", np.uint8),
-    "block_offsets": ("I64", np.int64),
-    "actions": ("F32", np.float32),
-    "rewards": ("F32", np.float32),
-    "terminations": ("U8", np.uint8),
-}
-_MAX_HEADER = 16 * 2**20  # bytes; a larger header is a corrupt length, not an episode
+_TYPES = {"blocks": "u1", "block_offsets": "<i8", "actions": "<f4", "rewards": "<f4", "terminations": "u1"}
 _HEAD = 8192  # bytes read at first: most often all that stands in front of the blocks
 
 
@@ -123,34 +116,28 @@ class Record:
         """
         head = read(0, min(size, _HEAD))
 
-        def part(begin: int, end: int) -> bytes:
-            return head[begin:end] if end <= len(head) else read(begin, end - begin)
+        def part(begin: int, count: int) -> bytes:
+            return head[begin : begin + count] if begin + count <= len(head) else read(begin, count)
 
-        if size < 8:
-            raise CorruptRecordError(f"{size} bytes are too few for a record")
-        (header_size,) = struct.unpack("<Q", head[:8])
-        start = 8 + header_size
-        if header_size > min(size - 8, _MAX_HEADER):
-            raise CorruptRecordError(f"header of {header_size} bytes in a record of {size}")
         try:
-            entries = json.loads(part(8, start))
-            header = json.loads(entries.pop("__metadata__")["episode"])
-            spans = {name: _span(name, entry, size - start) for name, entry in entries.items()}
+            metadata, found = read_header(part, size)
+            header = json.loads(metadata["episode"])
             tensors = {}
-            for name, (begin, end) in spans.items():
+            for name, tensor in found.items():
+                if name not in _TYPES or tensor.dtype != _TYPES[name]:  # unknown ones would be read for nothing
+                    raise CorruptRecordError(f"tensor {name!r} of type {tensor.dtype} is none of a record")
                 if name != "blocks":
-                    array = np.frombuffer(part(start + begin, start + end), _TENSORS[name][1])
-                    tensors[name] = array.reshape(entries[name]["shape"])
-            blocks_at, blocks_end = spans["blocks"]
+                    tensors[name] = tensor.array(part(tensor.begin, tensor.end - tensor.begin))
+            blocks = found["blocks"]
             codec = codec_named(header["codec"])
-            _check_shape(header, tensors, blocks_end - blocks_at, codec)
+            _check_shape(header, tensors, blocks.end - blocks.begin, codec)
             if header["checksum"] != _checksum(tensors):
                 raise CorruptRecordError("checksum of actions, rewards and terminations differs")
         except CorruptRecordError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CorruptRecordError(f"unreadable header: {type(error).__name__}: {error}") from error
-        return cls(read, size, header, tensors, codec, start + blocks_at)
+        return cls(read, size, header, tensors, codec, blocks.begin)
 
     def __len__(self) -> int:
         return self.header["shape"][0]
@@ -210,17 +197,6 @@ class Record:
 def decode_episode(data: bytes) -> Episode:
     """Decodes the bytes of one record, as a plain WebDataset yields them under `safetensors`."""
     return Record.open(lambda offset, size: data[offset : offset + size], len(data)).episode()
-
-
-def _span(name: str, entry: dict[str, Any], limit: int) -> tuple[int, int]:
-    """Begin and end of a tensor, checked against dtype, shape and the bytes there are."""
-    if name not in _TENSORS or entry["dtype"] != _TENSORS[name][0]:  # unknown ones would be read for nothing
-        raise CorruptRecordError(f"tensor {name!r} of type {entry['dtype']} is none of a record")
-    begin, end = entry["data_offsets"]
-    size = math.prod(entry["shape"]) * np.dtype(_TENSORS[name][1]).itemsize
-    if not 0 <= begin <= end <= limit or end - begin != size:
-        raise CorruptRecordError(f"tensor at {begin}..{end} with shape {entry['shape']} in {limit} bytes")
-    return begin, end
 
 
 def _check_shape(header: dict[str, Any], tensors: dict[str, np.ndarray], stored: int, codec: Codec) -> None:

@@ -144,8 +144,10 @@ class VideoDataModule(PositionDataModule):
         seen: dict[Any, str] = {}
         for mixture in self.mixtures():
             for name, index in mixture.episodes if mixture is not None else ():
-                entry = mixture.sets[name].entries[index]  # type: ignore[union-attr]
-                seen.setdefault(entry[field], f"{entry['key']} of {name}")
+                shards = mixture.sets[name]  # type: ignore[union-attr]
+                value = shards.index.value(field, index)
+                if value not in seen:
+                    seen[value] = f"{shards.key(index)} of {name}"
         if len(seen) > 1:
             found = ", ".join(f"{value} ({where})" for value, where in seen.items())
             raise ValueError(

@@ -17,74 +17,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ivideogpt.data.blocks import codec_named, psnr
+from ivideogpt.data.index import INDEX_PATTERN, Index, IndexBuilder
+from ivideogpt.data.statistics import KINDS, BySource, RunningStats, add_rows, merge_into, overall, results
 
 FORMAT = "ivideogpt-shards"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1 has the episodes of each shard in the manifest, 2 in an index beside it."""
+
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
 SHARD_NAME = "episodes"
 SHARD_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar\Z")  # a plain file name
-
-
-class RunningStats:
-    """Mean, spread and range of rows (N, D), added up in float64."""
-
-    def __init__(self) -> None:
-        self.count, self.sums, self.squares = 0, np.zeros(0), np.zeros(0)
-        self.low, self.high = np.zeros(0), np.zeros(0)
-        self.mixed = False
-
-    def add(self, rows: np.ndarray | None) -> None:
-        if rows is None or len(rows) == 0 or self.mixed:
-            return
-        rows = rows.astype(np.float64)
-        if self.count == 0:
-            self.sums, self.squares = np.zeros(rows.shape[1]), np.zeros(rows.shape[1])
-            self.low, self.high = rows.min(0), rows.max(0)
-        elif rows.shape[1] != len(self.sums):
-            self.mixed = True  # widths differ within the set: no statistics make sense
-            return
-        self.count += len(rows)
-        self.sums, self.squares = self.sums + rows.sum(0), self.squares + (rows**2).sum(0)
-        self.low, self.high = np.minimum(self.low, rows.min(0)), np.maximum(self.high, rows.max(0))
-
-    def merge(self, other: RunningStats) -> None:
-        """Adds what another one has added up."""
-        if other.mixed or (self.count and other.count and len(self.sums) != len(other.sums)):
-            self.mixed = True
-        if self.mixed or other.count == 0:
-            return
-        if self.count == 0:
-            self.low, self.high = other.low, other.high
-            self.sums, self.squares = np.zeros_like(other.sums), np.zeros_like(other.squares)
-        self.count += other.count
-        self.sums, self.squares = self.sums + other.sums, self.squares + other.squares
-        self.low, self.high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
-
-    def state(self) -> dict[str, Any]:
-        """All that was added up, as JSON that keeps every bit."""
-        arrays = {name: getattr(self, name).tolist() for name in ("sums", "squares", "low", "high")}
-        return {"count": self.count, "mixed": self.mixed} | arrays
-
-    @classmethod
-    def restored(cls, state: dict[str, Any]) -> RunningStats:
-        """What `state` was taken of."""
-        stats = cls()
-        stats.count, stats.mixed = int(state["count"]), bool(state["mixed"])
-        for name in ("sums", "squares", "low", "high"):
-            setattr(stats, name, np.asarray(state[name], np.float64))
-        return stats
-
-    def result(self) -> dict[str, Any] | None:
-        if self.count == 0 or self.mixed:
-            return None
-        mean = self.sums / self.count
-        std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 0))
-        named = {"mean": mean, "std": std, "min": self.low, "max": self.high}
-        return {"count": self.count} | {name: value.tolist() for name, value in named.items()}
 
 
 @dataclasses.dataclass
@@ -118,29 +62,56 @@ class ShardRow:
     Args:
         size: Bytes of the tar file.
         sha256: Its hash.
-        members: Its episodes: key, offset, size, crc32 and what `summary` says but the arrays.
-        statistics: Of `actions` and `rewards`; those of several shards can be merged.
-        codec: Of all its episodes.
+        members: Its episodes: key, offset, size, crc32 and what `shards.encoded` says of each.
+        statistics: Of actions and rewards.
+        codec: Of all its episodes; empty while it has none.
         error: What a codec that loses something has lost.
     """
 
     size: int
     sha256: str
     members: list[dict[str, Any]]
-    statistics: dict[str, RunningStats]
+    statistics: BySource
     codec: str
     error: Error
 
+    def add(self, key: str, offset: int, size: int, crc32: int, info: dict[str, Any]) -> None:
+        """Adds an episode.
+
+        Args:
+            key: Of the episode.
+            offset: Where its record begins in the file.
+            size: Bytes of its record.
+            crc32: Of its record.
+            info: What `shards.describe` says of it.
+
+        Raises:
+            ValueError: It has another codec than those before it.
+        """
+        if self.codec not in ("", info["codec"]):
+            raise ValueError(f"one shard has one codec, not {self.codec!r} and {info['codec']!r}")
+        self.codec = info["codec"]
+        self.error.add(info["error"])
+        add_rows(self.statistics, info["source"], info)
+        kept = {name: value for name, value in info.items() if name not in (*KINDS, "codec", "error")}
+        self.members.append({"key": key, "offset": offset, "size": size, "crc32": crc32} | kept)
+
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON that keeps every bit."""
-        statistics = {name: stats.state() for name, stats in self.statistics.items()}
+        statistics = {
+            source: {kind: stats.state() for kind, stats in of_source.items()}
+            for source, of_source in self.statistics.items()
+        }
         row = {"size": self.size, "sha256": self.sha256, "members": self.members, "statistics": statistics}
         return row | {"codec": self.codec, "error": dataclasses.asdict(self.error)}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> ShardRow:
         """What `to_json` was taken of."""
-        statistics = {name: RunningStats.restored(state) for name, state in row["statistics"].items()}
+        statistics = {
+            source: {kind: RunningStats.restored(state) for kind, state in of_source.items()}
+            for source, of_source in row["statistics"].items()
+        }
         error = Error(**row["error"])
         return cls(row["size"], row["sha256"], row["members"], statistics, row["codec"], error)
 
@@ -157,7 +128,7 @@ def commit_set(
     extra: dict[str, Any] | None = None,
     quarantine: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Makes whole shards a set: moves them into `out`, then replaces the manifest, then removes an older set's shards.
+    """Makes whole shards a set: moves them into `out`, writes the index, replaces the manifest, removes an older set.
 
     A failure puts the shards back. Where a kill came between the moves and the manifest, calling it again goes on.
 
@@ -178,24 +149,45 @@ def commit_set(
     """
     if not staged:
         raise ValueError(f"no episode was written to {out}; an empty set is refused")
-    summed, digest = _Sums(), hashlib.sha256()
+    summed, digest = SetSums(), hashlib.sha256()
+    shards: list[dict[str, Any]] = []
     for _, load in staged:
         row = load()
         summed.add(row)
         digest.update(row.sha256.encode())
-    manifest = summed.manifest(len(staged), command, extra or {}, quarantine)
+        shards.append({"name": "", "size": row.size, "sha256": row.sha256, "episodes": len(row.members)})
+    index = summed.index.build()
+    twice = index.repeated_key()
+    if twice is not None:
+        raise ValueError(f"two episodes have the key {twice!r}")
+    manifest = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "converter": f"ivideogpt {package_version()}",
+        "command": command,
+        **summed.summary(len(staged)),
+        "quarantine": {"episodes": len(quarantine), "file": QUARANTINE if quarantine else None},
+        "extra": extra or {},
+    }
     old = set(_listed_shards(out))
     names = [f"{name}-{index:06d}.tar" for index in range(len(staged))]
     if old & set(names):  # the old shards must stay until the manifest is replaced: put the content into the name
         names = [f"{name}-{digest.hexdigest()[:8]}-{index:06d}.tar" for index in range(len(staged))]
+    for shard, target in zip(shards, names, strict=True):
+        shard["name"] = target
     moved: list[tuple[Path, Path]] = []
+    kept = {path.name for path in _indices(out)}
+    index_file: Path | None = None
     try:
         for (path, _), target in zip(staged, names, strict=True):
             if path.exists() or not (out / target).exists():  # else it was moved before a kill
                 os.replace(path, out / target)
             moved.append((path, out / target))
-        _write_manifest(out / MANIFEST, manifest, staged, names, [json.dumps(line) for line in quarantine])
+        index_file, manifest["index"] = _write_index(out, index)
+        _write_manifest(out / MANIFEST, manifest, shards, [json.dumps(line) for line in quarantine])
     except BaseException:
+        if index_file is not None and index_file.name not in kept:
+            index_file.unlink(missing_ok=True)
         for path, target_path in moved:
             with contextlib.suppress(OSError):
                 os.replace(target_path, path)
@@ -204,7 +196,29 @@ def commit_set(
     for path in out.glob("*.tar"):
         if path.name not in names and (path.name in old or ours.match(path.name)):
             path.unlink(missing_ok=True)
+    for path in _indices(out):
+        if path != index_file:
+            path.unlink(missing_ok=True)
     return manifest
+
+
+def _indices(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("index-*.safetensors") if INDEX_PATTERN.match(path.name)]
+
+
+def _write_index(out: Path, index: Index) -> tuple[Path, dict[str, Any]]:
+    """Writes an index under the name of its hash; the file, and what the manifest says of it."""
+    aside = out / f".index.{os.getpid()}.partial"
+    try:
+        index.write(aside)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        size, sha256 = aside.stat().st_size, file_sha256(aside)
+        path = out / f"index-{sha256[:16]}.safetensors"
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path, {"name": path.name, "size": size, "sha256": sha256}
 
 
 def _names(name: str) -> re.Pattern[str]:
@@ -212,27 +226,27 @@ def _names(name: str) -> re.Pattern[str]:
     return re.compile(rf"{name}(-[0-9a-f]{{8}})?-\d{{6}}\.tar\Z")
 
 
-class _Sums:
+class SetSums:
     """What the manifest says of all shards together."""
 
     def __init__(self) -> None:
-        self.keys: set[str] = set()
-        self.frames, self.has_rewards = 0, True
+        self.index = IndexBuilder()
+        self.episodes, self.frames, self.has_rewards = 0, 0, True
         self.resolutions, self.action_dims = set[tuple[int, int]](), set[int]()
         self.sources: dict[str, dict[str, Any]] = {}
         self.licences: set[str] = set()
         self.codec, self.error = "", Error()
-        self.statistics = {"actions": RunningStats(), "rewards": RunningStats()}
+        self.statistics: BySource = {}
 
     def add(self, row: ShardRow) -> None:
-        if self.codec not in ("", row.codec):
+        if self.codec and row.codec and self.codec != row.codec:
             raise ValueError(f"one set has one codec, not {self.codec!r} and {row.codec!r}")
-        self.codec = row.codec
+        self.codec = row.codec or self.codec
         self.error.add(row.error)
+        self.index.add(row.members)
+        merge_into(self.statistics, row.statistics)
+        self.episodes += len(row.members)
         for member in row.members:
-            if member["key"] in self.keys:
-                raise ValueError(f"two episodes have the key {member['key']!r}")
-            self.keys.add(member["key"])
             self.frames += member["frames"]
             self.has_rewards &= member["has_rewards"]
             self.resolutions.add(tuple(member["resolution"]))
@@ -242,29 +256,23 @@ class _Sums:
             entry = self.sources.setdefault(member["source"], blank)
             entry["episodes"] += 1
             entry["frames"] += member["frames"]
-        for name, stats in self.statistics.items():
-            stats.merge(row.statistics[name])
 
-    def manifest(
-        self, shards: int, command: str, extra: dict[str, Any], quarantine: Sequence[dict[str, Any]]
-    ) -> dict[str, Any]:
+    def summary(self, shards: int) -> dict[str, Any]:
+        """What the episodes alone decide of the manifest of so many shards."""
         codec = codec_named(self.codec)
         described: dict[str, Any] = {"name": codec.name, "block_length": codec.block_length, "lossless": codec.lossless}
         return {
-            "format": FORMAT,
-            "schema_version": SCHEMA_VERSION,
-            "converter": f"ivideogpt {package_version()}",
-            "command": command,
             "codec": described | ({} if codec.lossless else {"psnr": self.error.decibel()}),
-            "counts": {"shards": shards, "episodes": len(self.keys), "frames": self.frames},
+            "counts": {"shards": shards, "episodes": self.episodes, "frames": self.frames},
             "resolutions": sorted(self.resolutions),
             "action_dims": sorted(self.action_dims),
             "has_rewards": self.has_rewards,
-            "sources": self.sources,
+            "sources": {
+                source: entry | {"statistics": results(self.statistics[source])}
+                for source, entry in self.sources.items()
+            },
             "licences": sorted(self.licences),
-            "statistics": {name: stats.result() for name, stats in self.statistics.items()},
-            "quarantine": {"episodes": len(quarantine), "file": QUARANTINE if quarantine else None},
-            "extra": extra,
+            "statistics": overall(self.statistics),
         }
 
 
@@ -281,20 +289,12 @@ def refuse_to_replace(out: Path, overwrite: bool, unfinished: bool = False) -> N
 
 
 def _write_manifest(
-    path: Path, manifest: dict[str, Any], staged: Staged, names: list[str], quarantine: list[str]
+    path: Path, manifest: dict[str, Any], shards: Sequence[dict[str, Any]], quarantine: list[str]
 ) -> None:
     """Replaces the manifest, with a line for each shard, and then the list of what was left out."""
     head = json.dumps(manifest, indent=1).removesuffix("\n}")
-
-    def lines() -> Iterator[str]:
-        yield f'{head},\n "shards": ['
-        for number, (name, (_, load)) in enumerate(zip(names, staged, strict=True), start=1):
-            row = load()
-            shard = {"name": name, "size": row.size, "sha256": row.sha256, "members": row.members}
-            yield f"  {json.dumps(shard)}{',' if number < len(names) else ''}"
-        yield " ]\n}"
-
-    with list_left_out(path.parent, quarantine), _written(path, lines()) as whole:
+    rows = ",\n".join(f"  {json.dumps(shard)}" for shard in shards)
+    with list_left_out(path.parent, quarantine), _written(path, [f'{head},\n "shards": [\n{rows}\n ]\n}}']) as whole:
         os.replace(whole, path)
 
 

@@ -1,8 +1,9 @@
 """Writes episodes as WebDataset shards, so that a kill or a full disk leaves no broken set.
 
 A set is a folder: `NAME-000000.tar`, `NAME-000001.tar`, ... with one member `KEY.safetensors` an episode (see
-`codec`), and `manifest.json` (see `manifest`), which is the only way in: shards are written under hidden names, renamed
-when whole, and the set exists from the moment when the manifest is replaced. Shards of an older set go last.
+`codec`), an index of them (see `index`), and `manifest.json` (see `manifest`), which is the only way in: shards are
+written under hidden names, renamed when whole, and the set exists from the moment when the manifest is replaced. Shards
+and index of an older set go last.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ from typing import Any
 from ivideogpt.data.blocks import DEFAULT_CODEC, codec_named
 from ivideogpt.data.codec import Record, encode_episode
 from ivideogpt.data.episode import Episode
+from ivideogpt.data.index import KEY_PATTERN
 from ivideogpt.data.manifest import (
     MANIFEST,
     SHARD_NAME,
     Error,
-    RunningStats,
     ShardRow,
     commit_set,
     file_sha256,
@@ -35,7 +35,6 @@ __all__ = ["MANIFEST", "ShardRow", "ShardSetWriter", "ShardWriter", "commit_set"
 
 MEMBER_SUFFIX = ".safetensors"
 SHARD_BYTES = 256 * 2**20
-KEY_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,80}\Z")  # no dot (WebDataset splits there) and no slash
 
 
 class ShardWriter:
@@ -50,12 +49,15 @@ class ShardWriter:
 
         self.path, self.size = path, 0
         self.aside = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.partial")
-        self.members: list[dict[str, Any]] = []
-        self._statistics = {"actions": RunningStats(), "rewards": RunningStats()}
-        self._codec, self._error = "", Error()
+        self._row = ShardRow(0, "", [], {}, "", Error())
         self._file = open(self.aside, "wb")  # noqa: SIM115 - open across calls
         # mtime=0: equal input gives equal shards, and no extended header, which would double the reading time.
         self._tar: Any = webdataset.TarWriter(self._file, encoder=False, mtime=0)
+
+    @property
+    def episodes(self) -> int:
+        """Episodes written so far."""
+        return len(self._row.members)
 
     def write(self, key: str, episode: Episode) -> None:
         """Encodes and appends one episode."""
@@ -70,17 +72,10 @@ class ShardWriter:
         """
         if not KEY_PATTERN.match(key):
             raise ValueError(f"episode key {key!r} may hold letters, digits, '-' and '_' only, at most 81 of them")
-        if self._codec not in ("", info["codec"]):
-            raise ValueError(f"one shard has one codec, not {self._codec!r} and {info['codec']!r}")
-        self._codec = info["codec"]
-        self._error.add(info["error"])
         offset = self._tar.tarstream.offset + tarfile.BLOCKSIZE
         self._tar.write({"__key__": key, MEMBER_SUFFIX[1:]: data})
         self.size = offset + len(data)
-        for name, stats in self._statistics.items():
-            stats.add(info[name])
-        kept = {name: value for name, value in info.items() if name not in (*self._statistics, "codec", "error")}
-        self.members.append({"key": key, "offset": offset, "size": len(data), "crc32": zlib.crc32(data)} | kept)
+        self._row.add(key, offset, len(data), zlib.crc32(data), info)
 
     def close(self) -> ShardRow:
         """Flushes the shard to the disk and gives it its name."""
@@ -88,10 +83,9 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        size, sha256 = self.aside.stat().st_size, file_sha256(self.aside)
-        row = ShardRow(size, sha256, self.members, self._statistics, self._codec, self._error)
+        self._row.size, self._row.sha256 = self.aside.stat().st_size, file_sha256(self.aside)
         os.replace(self.aside, self.path)
-        return row
+        return self._row
 
     def abort(self) -> None:
         """Removes what was written."""
@@ -192,7 +186,7 @@ class ShardSetWriter:
                 self._open = ShardWriter(self.out / f".{self.name}-{len(self._staged):06d}.tar.partial")
             self._open.write_encoded(key, data, info)
             self._keys.add(key)
-            if self._open.size >= self.shard_bytes or len(self._open.members) >= self.shard_episodes:
+            if self._open.size >= self.shard_bytes or self._open.episodes >= self.shard_episodes:
                 self._close_shard()
 
     def _close_shard(self) -> None:
@@ -214,25 +208,36 @@ class ShardSetWriter:
 
 
 def encoded(episode: Episode, codec: str = DEFAULT_CODEC) -> tuple[bytes, dict[str, Any]]:
-    """The record of an episode and what the manifest keeps about it, with its actions and rewards for the statistics.
+    """The record of an episode and what `describe` says of it.
 
     Raises:
         ValueError: No codec has that name.
     """
-    data, error = encode_episode(episode, codec), Error()
+    data, squared = encode_episode(episode, codec), 0
     if not codec_named(codec).lossless:
         header = Record.open(lambda offset, size: data[offset : offset + size], len(data)).header
-        squared, values = header["squared_error"], episode.video.size
-        error = Error(squared, values, squared / values)
-    return data, {
+        squared = header["squared_error"]
+    return data, describe(episode, codec, squared)
+
+
+def describe(episode: Episode, codec: str, squared_error: int) -> dict[str, Any]:
+    """What the set says of an episode, with its actions and rewards for the statistics.
+
+    Args:
+        episode: The episode.
+        codec: Of its record.
+        squared_error: Of its frames over all values, where the codec loses something.
+    """
+    return {
         "codec": codec,
-        "error": error,
+        "error": Error(squared_error, episode.video.size, squared_error / episode.video.size),
         "frames": len(episode),
         "resolution": list(episode.resolution),
         "action_dim": episode.action_dim,
         "has_rewards": episode.rewards is not None,
         "fps": float(episode.fps),
         "source": episode.source,
+        "camera": episode.camera,
         "licence": episode.licence,
         # The last action and the first reward are fillers where a recording has one fewer of each than frames.
         "actions": None if episode.actions is None else episode.actions[:-1],

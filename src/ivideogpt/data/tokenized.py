@@ -20,7 +20,6 @@ import json
 import mmap
 import os
 import re
-import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from ivideogpt.data.manifest import MANIFEST, file_sha256
 from ivideogpt.data.reader import ShardError
+from ivideogpt.data.safetensors_header import Place, read_header
 
 FORMAT = "ivideogpt-tokens"
 SCHEMA_VERSION = 1
@@ -46,9 +46,7 @@ SETTINGS = (
 
 _CONTENT = ("tokens", "actions", "rewards")  # in the order in which crc32 takes them
 _ABOUT = ("crc32", "key", "source", "episode", "start", "draw")
-_DTYPES = {"U8": "u1", "U16": "<u2", "U32": "<u4", "I32": "<i4", "F32": "<f4"}
 _OPEN_SHARDS = 256  # each mapped file holds a descriptor, of which a process often has 1024
-_MAX_HEADER = 2**24
 
 
 def shard_name(number: int) -> str:
@@ -69,8 +67,8 @@ def _checksum(rows: list[np.ndarray]) -> int:
     return crc
 
 
-def read_shard_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """What a shard says of itself (settings, shard, skipped), {name: (dtype, shape, begin, end)}, and its length.
+def read_shard_header(path: Path) -> tuple[dict[str, Any], dict[str, Place], int]:
+    """What a shard says of itself (settings, shard, skipped), its tensors by name, and its length.
 
     Raises:
         ShardError: It is no whole safetensors file, or not one of ours.
@@ -78,21 +76,10 @@ def read_shard_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(_MAX_HEADER, size - 8):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-        about = json.loads(header.pop("__metadata__")[FORMAT])
+            metadata, tensors = read_header(lambda offset, count: os.pread(file.fileno(), count, offset), size)
+        about = json.loads(metadata[FORMAT])
         _ = about["settings"], about["shard"], about["skipped"]
-        tensors = {}
-        for name, entry in header.items():
-            dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(map(int, entry["shape"]))
-            begin, end = (8 + length + int(offset) for offset in entry["data_offsets"])
-            wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
-            if min((0, *shape)) < 0 or not 8 + length <= begin <= end <= size or end - begin != wanted:
-                raise ValueError(f"tensor {name!r} of shape {shape} at {begin}..{end} in a file of {size} bytes")
-            tensors[name] = (dtype, shape, begin, end)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} is no whole shard of tokens: {type(error).__name__}: {error}") from error
     return about, tensors, size
 
@@ -203,10 +190,7 @@ class TokenSet:
             raise ShardError(f"{path} holds {found}, the manifest says {wanted}; also wrong: {missing or 'nothing'}")
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        arrays = {
-            name: np.frombuffer(mapped, dtype, (end - begin) // dtype.itemsize, begin).reshape(shape)
-            for name, (dtype, shape, begin, end) in tensors.items()
-        }
+        arrays = {name: tensor.array(memoryview(mapped)[tensor.begin : tensor.end]) for name, tensor in tensors.items()}
         self._shards[shard] = arrays
         if len(self._shards) > _OPEN_SHARDS:
             self._shards.popitem(last=False)

@@ -100,14 +100,15 @@ class ClipPlan(Dataset[dict[str, Any]]):
         settings, shards = self.settings, self.sets[number]
         window = settings.segment_length - settings.goal
         episodes, frames = array("i"), array("i")  # tuples would take a gigabyte for ten million clips
+        lengths, rates = shards.index["frames"].tolist(), shards.index["fps"].tolist()
         for index in range(len(shards)):
-            entry = _entry(shards, index)
-            stride = self.clip_settings.stride_of(entry["fps"])
+            length = lengths[index]
+            stride = self.clip_settings.stride_of(rates[index])
             if settings.every is None:
                 assert settings.clips_per_episode is not None
-                starts = even_starts(entry["frames"], window, stride, settings.clips_per_episode)
+                starts = even_starts(length, window, stride, settings.clips_per_episode)
             else:
-                latest = last_start(entry["frames"], window, shrink_stride(stride, entry["frames"], window))
+                latest = last_start(length, window, shrink_stride(stride, length, window))
                 starts = list(range(0, latest + 1, settings.every))
             episodes.extend([index] * len(starts))
             frames.extend(starts)
@@ -117,8 +118,8 @@ class ClipPlan(Dataset[dict[str, Any]]):
         """The value of an index field that all episodes share."""
         seen: dict[Any, str] = {}
         for name, shards in zip(self.names, self.sets, strict=True):
-            for index in range(len(shards)):
-                seen.setdefault(_entry(shards, index)[field], f"{shards.key(index)} of {name}")
+            for index in np.unique(shards.index[field], return_index=True)[1].tolist():
+                seen.setdefault(shards.index.value(field, index), f"{shards.key(index)} of {name}")
         if len(seen) > 1:
             found = ", ".join(f"{value} ({where})" for value, where in seen.items())
             raise ValueError(f"the episodes do not agree on {what}: {field} is {found}; make token sets of their own")
@@ -167,8 +168,3 @@ def collate_clips(clips: list[dict[str, Any]]) -> dict[str, Any]:
         if name in good[0]:
             batch[name] = torch.stack([clip[name] for clip in good])
     return batch | {name: [clip[name] for clip in good] for name in ("key", "source", "episode", "start", "draw")}
-
-
-def _entry(shards: ShardSet, index: int) -> dict[str, Any]:
-    """Index row of an episode: frames, fps, action_dim, has_rewards."""
-    return shards.entries[index]

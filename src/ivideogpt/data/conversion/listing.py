@@ -186,7 +186,7 @@ def _of_set(source: str) -> Listing:
     shards = _opened(source)
     jobs: list[Job] = [(shards.key(index), partial(_read_of_set, source, index)) for index in range(len(shards))]
     jobs += [(key, partial(failing, reason)) for key, reason in shards.skipped.items()]
-    sizes = [entry["size"] for entry in shards.entries] + [0] * len(shards.skipped)
+    sizes = shards.index["size"].tolist() + [0] * len(shards.skipped)
     pieces = [
         Piece(tuple(jobs[first : first + PIECE_EPISODES]), len(jobs[first : first + PIECE_EPISODES]),
               sum(sizes[first : first + PIECE_EPISODES]))
