@@ -157,7 +157,7 @@ class Encoded:
         first_frame = zstandard.ZstdCompressionDict(first, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
         writer = zstandard.ZstdCompressor(int(level), write_checksum=True, dict_data=first_frame)
         self.blocks = [pack(first)]  # the dictionary, which each reading takes
-        self.blocks += [writer.compress(filtered(candidate.filter, np.ascontiguousarray(part))) for part in parts]
+        self.blocks += [writer.compress(filtered(candidate.filter, np.ascontiguousarray(part)).data) for part in parts]
 
     @property
     def size(self) -> int:

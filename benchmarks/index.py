@@ -153,7 +153,7 @@ def main() -> None:
     ]  # fmt: skip
     common.print_table(
         f"Opening {args.shards} shards of {args.episodes} episodes",
-        ("as", "seconds", "peak growth, MiB", "files, MiB", "sent to a worker, MiB", "its own memory, MiB"), rows,
+        ("as", "seconds", "peak growth, MiB", "files, MiB", "sent to a worker, MiB", "its own memory, MiB"), table,
     )  # fmt: skip
 
 

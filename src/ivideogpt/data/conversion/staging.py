@@ -146,6 +146,9 @@ class Staging:
                         continue  # a kill may have come just before this list
                 folder.mkdir(parents=True, exist_ok=True)
                 commit_set(folder, staged, command=command, extra=extra | conversion, quarantine=quarantine)
+            for folder in self.folders:
+                for path in folder.glob(".*.partial"):  # lists that a process which was killed had begun
+                    path.unlink(missing_ok=True)
             self.remove()
         return True
 
