@@ -43,15 +43,16 @@ def test_the_default_codec_is_among_them() -> None:
 
 def test_results_hold_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "codecs.json"
-    words = ["codecs.py", "--only", "metaworld, 64 px x 30", "--seconds", "0.001", "--rounds", "1", "--out", str(out)]
+    words = ["codecs.py", "--only", "metaworld", "--seconds", "0.001", "--rounds", "1", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", words)
     codecs.main()
-    (rows,) = json.loads(out.read_text())["results"].values()
-    assert rows["npz"]["of_npz"] == 1 and rows["npz"]["psnr"] is None
-    assert rows["none+jpeg-95/1"]["psnr"] > rows["none+jpeg-90/1"]["psnr"] > 30
-    assert all(
-        row["encode_episodes_a_second"]["median"] > 0 and row["clips_a_second"]["count"] == 1 for row in rows.values()
-    )
+    found = json.loads(out.read_text())["results"]
+    assert "metaworld, 64 px x 30" in found
+    for rows in found.values():
+        assert rows["npz"]["of_npz"] == 1 and rows["npz"]["psnr"] is None
+        assert rows["none+jpeg-95/1"]["psnr"] > rows["none+jpeg-90/1"]["psnr"] > 30
+        for row in rows.values():
+            assert row["encode_episodes_a_second"]["median"] > 0 and row["clips_a_second"]["count"] == 1
 
 
 def test_both_versions_of_a_set_open_alike(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class _Deltas(Codec):
         raw = self._decompress(data, math.prod(shape))
         differences = np.frombuffer(raw, np.uint8).reshape(shape)
         frame, scratch = differences[0], np.empty(shape[1:], np.uint8)
-        # frame by frame: np.add.accumulate walks pixel by pixel, which takes a hundred times as long
+        # frame by frame: np.add.accumulate walks pixel by pixel, which takes far longer
         for number in range(max(targets) + 1):
             target = targets.get(number, scratch)
             if number:
