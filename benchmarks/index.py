@@ -26,7 +26,7 @@ if not __package__:  # run as a file: the folder above holds the package `benchm
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from ivideogpt.data.manifest import MANIFEST, Error, ShardRow, commit_set
+from ivideogpt.data.manifest import MANIFEST, PixelError, ShardRow, commit_set
 from ivideogpt.data.reader import ShardSet
 from ivideogpt.data.statistics import KINDS, RunningStats
 
@@ -80,7 +80,7 @@ def lay_out(folder: Path, shards: int, episodes: int) -> None:
 
         def row(number: int = number, size: int = size) -> ShardRow:
             blank = {"robot": {kind: RunningStats() for kind in KINDS}}
-            return ShardRow(size, f"{number:064x}", members(number, episodes), blank, "delta-zstd", Error())
+            return ShardRow(size, f"{number:064x}", members(number, episodes), blank, "delta-zstd", PixelError())
 
         staged.append((path, row))
     commit_set(folder / "index", staged)

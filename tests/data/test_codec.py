@@ -70,6 +70,10 @@ def test_only_the_blocks_of_the_clip_are_read(make_episode: Callable[..., Episod
     np.testing.assert_array_equal(record.frames(wanted), episode.video[wanted])
     blocks = encode_video(episode.video, codec_named(DEFAULT_CODEC))
     assert [size for _, size in reads] == [len(blocks[1]), len(blocks[3])]
+    reads.clear()
+    wanted = [2 * BLOCK_LENGTH, 5, BLOCK_LENGTH, 4 * BLOCK_LENGTH]
+    np.testing.assert_array_equal(record.frames(wanted), episode.video[wanted])
+    assert [size for _, size in reads] == [sum(map(len, blocks[:3])), len(blocks[4])]  # neighbours at once
 
 
 def test_frames_outside(make_episode: Callable[..., Episode]) -> None:
@@ -232,6 +236,13 @@ def test_jpeg_says_what_it_loses(quality: int, least: float) -> None:
     assert 10 * np.log10(255**2 * video.size / error) > least
     np.testing.assert_array_equal(back[0], back[2])
     assert abs(back[1].astype(int) - video[1]).mean() < 5
+
+
+@pytest.mark.parametrize("value", [-1, 2**80, 1.5, "x", None])
+def test_an_error_that_lies(make_episode: Callable[..., Episode], value: Any) -> None:
+    data = encode_episode(make_episode(20), "jpeg-90")
+    with pytest.raises(CorruptRecordError, match="a squared error of"):
+        opened(rewritten(data, lambda entries, episode: episode.update(squared_error=value)))
 
 
 def test_jpeg_of_another_size_or_kind() -> None:

@@ -131,6 +131,9 @@ class Record:
             blocks = found["blocks"]
             codec = codec_named(header["codec"])
             _check_shape(header, tensors, blocks.end - blocks.begin, codec)
+            squared = 0 if codec.lossless else header["squared_error"]
+            if type(squared) is not int or not 0 <= squared <= 255**2 * math.prod(header["shape"]):
+                raise CorruptRecordError(f"a squared error of {squared!r}")
             if header["checksum"] != _checksum(tensors):
                 raise CorruptRecordError("checksum of actions, rewards and terminations differs")
         except CorruptRecordError:
@@ -162,11 +165,13 @@ class Record:
         blocks: dict[int, dict[int, np.ndarray]] = {}
         for frame, place in places.items():
             blocks.setdefault(frame // block_length, {})[frame % block_length] = out[place]
-        for block in sorted(blocks):
-            begin, end = int(offsets[block]), int(offsets[block + 1])
+        for first, last in _runs(sorted(blocks)):  # one reading for neighbours, which may come from afar
+            begin, end = int(offsets[first]), int(offsets[last + 1])
             data = self.read(self._blocks_at + begin, end - begin)
-            frames = min(block_length, length - block * block_length)
-            self.codec.decode(data, (frames, height, width, channels), blocks[block])
+            for block in range(first, last + 1):
+                frames = min(block_length, length - block * block_length)
+                mine = data[int(offsets[block]) - begin : int(offsets[block + 1]) - begin]
+                self.codec.decode(mine, (frames, height, width, channels), blocks[block])
         for place, frame in repeats:
             out[place] = out[places[frame]]
         return out
@@ -197,6 +202,13 @@ class Record:
 def decode_episode(data: bytes) -> Episode:
     """Decodes the bytes of one record, as a plain WebDataset yields them under `safetensors`."""
     return Record.open(lambda offset, size: data[offset : offset + size], len(data)).episode()
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, last) of each run of neighbours in ascending numbers."""
+    firsts = [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n - 1]
+    lasts = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or numbers[i + 1] != n + 1]
+    return list(zip(firsts, lasts, strict=True))
 
 
 def _check_shape(header: dict[str, Any], tensors: dict[str, np.ndarray], stored: int, codec: Codec) -> None:

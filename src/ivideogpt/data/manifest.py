@@ -32,7 +32,7 @@ SHARD_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar\Z")  # a plain fil
 
 
 @dataclasses.dataclass
-class Error:
+class PixelError:
     """What frames have lost.
 
     Args:
@@ -45,7 +45,7 @@ class Error:
     values: int = 0
     worst: float = 0.0
 
-    def add(self, other: Error) -> None:
+    def add(self, other: PixelError) -> None:
         """Adds what others have lost."""
         self.squared, self.values = self.squared + other.squared, self.values + other.values
         self.worst = max(self.worst, other.worst)
@@ -73,7 +73,7 @@ class ShardRow:
     members: list[dict[str, Any]]
     statistics: BySource
     codec: str
-    error: Error
+    error: PixelError
 
     def add(self, key: str, offset: int, size: int, crc32: int, info: dict[str, Any]) -> None:
         """Adds an episode.
@@ -112,7 +112,7 @@ class ShardRow:
             source: {kind: RunningStats.restored(state) for kind, state in of_source.items()}
             for source, of_source in row["statistics"].items()
         }
-        error = Error(**row["error"])
+        error = PixelError(**row["error"])
         return cls(row["size"], row["sha256"], row["members"], statistics, row["codec"], error)
 
 
@@ -235,7 +235,7 @@ class SetSums:
         self.resolutions, self.action_dims = set[tuple[int, int]](), set[int]()
         self.sources: dict[str, dict[str, Any]] = {}
         self.licences: set[str] = set()
-        self.codec, self.error = "", Error()
+        self.codec, self.error = "", PixelError()
         self.statistics: BySource = {}
 
     def add(self, row: ShardRow) -> None:

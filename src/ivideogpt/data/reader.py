@@ -24,7 +24,7 @@ import numpy as np
 from ivideogpt.data.codec import CorruptRecordError, Record
 from ivideogpt.data.episode import Episode
 from ivideogpt.data.index import Index
-from ivideogpt.data.manifest import MANIFEST, Error, SetSums, ShardRow, file_sha256
+from ivideogpt.data.manifest import MANIFEST, PixelError, SetSums, ShardRow, file_sha256
 from ivideogpt.data.opening import ShardError, load_index, load_manifest
 from ivideogpt.data.shards import MEMBER_SUFFIX, describe
 
@@ -271,7 +271,7 @@ def _recounted(shards: ShardSet) -> SetSums:
     """What a writer would have added up of the records that can be read."""
     sums, codec = SetSums(), shards.manifest.get("codec")
     for number, shard in enumerate(shards.manifest["shards"]):
-        row = ShardRow(shard["size"], shard["sha256"], [], {}, "", Error())
+        row = ShardRow(shard["size"], shard["sha256"], [], {}, "", PixelError())
         for index in np.flatnonzero(shards.index["shard"] == number).tolist():
             record = shards.record(index)
             if record is None:

@@ -24,7 +24,7 @@ from ivideogpt.data.index import KEY_PATTERN
 from ivideogpt.data.manifest import (
     MANIFEST,
     SHARD_NAME,
-    Error,
+    PixelError,
     ShardRow,
     commit_set,
     file_sha256,
@@ -49,7 +49,7 @@ class ShardWriter:
 
         self.path, self.size = path, 0
         self.aside = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.partial")
-        self._row = ShardRow(0, "", [], {}, "", Error())
+        self._row = ShardRow(0, "", [], {}, "", PixelError())
         self._file = open(self.aside, "wb")  # noqa: SIM115 - open across calls
         # mtime=0: equal input gives equal shards, and no extended header, which would double the reading time.
         self._tar: Any = webdataset.TarWriter(self._file, encoder=False, mtime=0)
@@ -215,8 +215,7 @@ def encoded(episode: Episode, codec: str = DEFAULT_CODEC) -> tuple[bytes, dict[s
     """
     data, squared = encode_episode(episode, codec), 0
     if not codec_named(codec).lossless:
-        header = Record.open(lambda offset, size: data[offset : offset + size], len(data)).header
-        squared = header["squared_error"]
+        squared = Record.open(lambda offset, size: data[offset : offset + size], len(data)).header["squared_error"]
     return data, describe(episode, codec, squared)
 
 
@@ -230,7 +229,7 @@ def describe(episode: Episode, codec: str, squared_error: int) -> dict[str, Any]
     """
     return {
         "codec": codec,
-        "error": Error(squared_error, episode.video.size, squared_error / episode.video.size),
+        "error": PixelError(squared_error, episode.video.size, squared_error / episode.video.size),
         "frames": len(episode),
         "resolution": list(episode.resolution),
         "action_dim": episode.action_dim,
