@@ -8,6 +8,7 @@ import filecmp
 import json
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -32,9 +33,10 @@ from ivideogpt.recipes.parts import PartBuilder, part_arguments, source_folder
 from ivideogpt.recipes.reading import Node
 from ivideogpt.recipes.results import differences, fingerprint, read_record, save_tokenizer, write_record
 from ivideogpt.training.callbacks import SeededUpdates
-from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, latest_checkpoint
+from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, Preempted, latest_checkpoint
 from ivideogpt.training.logs import MetricsCSV
 from ivideogpt.training.progress import UpdateProgress
+from ivideogpt.training.sharding import is_sharded, whole_state
 from ivideogpt.zoo.checkpoint import FILES, Parts, save_parts
 from ivideogpt.zoo.folder import finish_interrupted_save, replacing_files
 from ivideogpt.zoo.published import Published
@@ -95,7 +97,7 @@ class Stage:
         begin = time.monotonic()
         seed_everything(self.seed, workers=True, verbose=False)
         builder = PartBuilder(self.earlier)
-        module = self._module(builder)
+        module = self.build_module(builder)
         data = self._build(LightningDataModule, "data")
         check_fit(module, data, self.name)
         trainer, checkpoint = self._trainer()
@@ -104,8 +106,13 @@ class Stage:
         if trains(type(module)):
             with _interrupts_raised(trainer):
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            state = whole_state(module) if is_sharded(module) else None  # all processes take part in it
             if trainer.is_global_zero:
-                self._save(module, builder, trainer.global_step)
+                if state is not None:
+                    builder = PartBuilder(self.earlier)
+                    module = self.build_module(builder)
+                    module.load_state_dict(state)
+                self.save(module, builder, trainer.global_step, self.folder)
         else:
             with _interrupts_raised(trainer):
                 trainer.test(module, datamodule=data, verbose=False)
@@ -205,7 +212,8 @@ class Stage:
         assert isinstance(built, base)
         return built
 
-    def _module(self, builder: PartBuilder) -> Any:
+    def build_module(self, builder: PartBuilder) -> Any:
+        """The stage's module as it is before training."""
         cls, values = self._class("module"), self.config["module"]["init_args"]
         kinds = part_arguments(cls)
         kwargs = build_arguments(cls, values, f"stages.{self.name}.module", skip=kinds)
@@ -253,12 +261,20 @@ class Stage:
             raise ValueError(f"stages.{self.name}.trainer: {error}") from error
         return trainer, None if found is None else found[1]
 
-    def _save(self, module: Any, builder: PartBuilder, updates: int) -> None:
+    def save(self, module: Any, builder: PartBuilder, updates: int, folder: Path) -> None:
+        """Writes the weights that the stage makes.
+
+        Args:
+            module: trained.
+            builder: that built it, and so knows what it was made from.
+            updates: that it was trained for.
+            folder: where they go, in the published layout.
+        """
         training = {"stage": self.name, "updates": updates, "seed": self.seed}
         transformer = getattr(module, "transformer", None)
         if transformer is None:
             extras = {"recipe": self.recipe_name, "training": training}
-            save_tokenizer(self.folder, module.tokenizer, extras, self.recipe_text)
+            save_tokenizer(folder, module.tokenizer, extras, self.recipe_text)
             return
         loaded = builder.loaded.get("transformer")
         extras = {**(loaded.extras if loaded else {}), "recipe": self.recipe_name, "training": training}
@@ -269,7 +285,7 @@ class Stage:
         old = loaded.published if loaded else Published()
         parts = Parts(module.tokenizer, transformer, module.reward_head, extras, old)
         parts.published.recipe = self.recipe_text
-        save_parts(self.folder, parts)
+        save_parts(folder, parts)
 
 
 def check_fit(module: Any, data: Any, stage: str) -> None:
@@ -324,6 +340,10 @@ def _interrupts_raised(trainer: Trainer) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
     try:
         yield
+    except Preempted as ended:
+        if trainer.is_global_zero:
+            print(ended, file=sys.stderr)
+        raise
     except SystemExit as error:
         if trainer.state.status != TrainerStatus.INTERRUPTED:
             raise

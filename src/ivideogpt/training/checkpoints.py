@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from ivideogpt.training.sharding import read_sharded_checkpoint, remove_checkpoint
 
 PATTERN = re.compile(r"update-(\d+)\.ckpt")
 
@@ -77,7 +81,10 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> tuple[int, Path] | None
     """
     for update, path in checkpoint_files(folder):
         try:
-            state = AtomicCheckpointIO().load_checkpoint(path)
+            if path.is_dir():
+                state = read_sharded_checkpoint(path, tensors=False)
+            else:
+                state = AtomicCheckpointIO().load_checkpoint(path)
             if not {"state_dict", "global_step", "loops"} <= state.keys():
                 raise ValueError(f"it holds {sorted(state)} only")
         except Exception as error:  # a damaged archive fails in many ways
@@ -88,8 +95,22 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> tuple[int, Path] | None
     return None
 
 
+class Preempted(SystemExit):
+    """The process was asked to end (SIGTERM), has saved the training state, and ends with the usual exit code."""
+
+    def __init__(self, update: int) -> None:
+        super().__init__(128 + signal.SIGTERM)
+        self.update = update
+
+    def __str__(self) -> str:
+        return f"SIGTERM: saved at update {self.update}; the same command goes on from there"
+
+
 class Checkpoints(Checkpoint):
-    """Saves the training state every ``every_n_updates`` updates and at the end of the training.
+    """Saves the training state every ``every_n_updates`` updates, at the end, and when the process is asked to end.
+
+    SIGTERM, which job schedulers send before they kill, may come to any one of the processes; all save the update that
+    is under way and exit with code 143.
 
     Args:
         every_n_updates: distance of two checkpoints; what a kill can cost.
@@ -104,21 +125,62 @@ class Checkpoints(Checkpoint):
         self.keep = keep
         self.folder = folder
         self._last = -1
+        self._before = -1  # update at which the current batch began
+        self._asked = False
+        self._handler: Any = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens for SIGTERM in place of Lightning, whose own way ends without saving."""
+        self._asked = False
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._note)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stops listening."""
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+            self._handler = None
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._asked = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes what a resumed run has already saved."""
         self._last = trainer.global_step
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Notes the update, to tell a batch that ends one from a batch whose gradients are only accumulated."""
+        self._before = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves where it is time to."""
+        if trainer.global_step == self._before:
+            return
         if trainer.global_step % self.every_n_updates == 0:
             self._save(trainer)
+        self._end_if_asked(trainer)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """A validation can be longer than the time that is left."""
+        if trainer.world_size == 1 and not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._end_if_asked(trainer)  # processes may have other numbers of batches: they wait for its end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the final state."""
         self._save(trainer)
+
+    def _end_if_asked(self, trainer: Trainer) -> None:
+        asked = self._asked
+        if trainer.world_size > 1:
+            asked = bool(trainer.strategy.reduce_boolean_decision(asked, all=False))
+        if asked:
+            self._save(trainer)
+            raise Preempted(trainer.global_step)
 
     def _save(self, trainer: Trainer) -> None:
         update = trainer.global_step
@@ -129,4 +191,4 @@ class Checkpoints(Checkpoint):
         self._last = update
         if trainer.is_global_zero:
             for _, path in checkpoint_files(folder)[self.keep :]:
-                path.unlink(missing_ok=True)
+                remove_checkpoint(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from warnings import warn
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ivideogpt.training.optim import Schedule, adamw, scheduler
+from ivideogpt.training.sharding import gather, is_sharded, scatter, shard
 
 
 class NonFiniteLossError(ValueError):
@@ -28,6 +30,9 @@ class TrainingModule(LightningModule):
         betas: AdamW's.
         gradient_clip: largest gradient norm; None does not clip. It stands here and not with the trainer, because
             the trainer refuses to clip where there is a discriminator.
+        max_bad_updates: updates in a row whose loss is not finite, or above ``loss_limit``, and that are left out
+            before the training stops; 0 stops at the first.
+        loss_limit: a larger loss counts as one that is not finite; None for none.
     """
 
     def __init__(
@@ -38,6 +43,8 @@ class TrainingModule(LightningModule):
         weight_decay: float,
         betas: tuple[float, float],
         gradient_clip: float | None,
+        max_bad_updates: int = 0,
+        loss_limit: float | None = None,
     ) -> None:
         super().__init__()
         if learning_rate <= 0:
@@ -49,7 +56,11 @@ class TrainingModule(LightningModule):
         self.warmup_updates = warmup_updates
         self.weight_decay = weight_decay
         self.betas = betas
+        if max_bad_updates < 0:
+            raise ValueError(f"max_bad_updates must not be negative, got {max_bad_updates!r}")
         self.gradient_clip = gradient_clip
+        self.max_bad_updates, self.loss_limit = max_bad_updates, loss_limit
+        self._bad_in_a_row, self._is_bad = 0, False
         self._frozen: list[str] = []
 
     def freeze_part(self, name: str) -> None:
@@ -62,6 +73,31 @@ class TrainingModule(LightningModule):
     def trained_parts(self) -> list[nn.Module]:
         """Submodules that the optimizer trains."""
         return [part for name, part in self.named_children() if name not in self._frozen]
+
+    def configure_model(self) -> None:
+        """Spreads the trained parts over the processes where the trainer's strategy does that.
+
+        Raises:
+            ValueError: if a part cannot be trained in that way.
+        """
+        mesh = self._device_mesh
+        if mesh is None or is_sharded(self):
+            return
+        self.check_shardable()
+        dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        parts = [part for part in self.trained_parts() if any(p.requires_grad for p in part.parameters())]
+        shard(parts, mesh["data_parallel"], dtype)
+
+    def check_shardable(self) -> None:
+        """Raises ValueError where a setting does not go with weights that are spread over processes."""
+
+    def on_validation_start(self) -> None:
+        """Gathers weights that are spread over processes."""
+        gather(self)
+
+    def on_validation_end(self) -> None:
+        """Spreads them again."""
+        scatter(self)
 
     def on_fit_start(self) -> None:
         """Switches to training mode: a model that was loaded comes in eval mode, and Lightning leaves it there."""
@@ -100,23 +136,41 @@ class TrainingModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the gradient norm to ``gradient_clip``, or as the trainer says where that is set."""
+        """Clips the gradient norm to ``gradient_clip``, or as the trainer says; drops gradients of a bad loss."""
+        if self._is_bad:
+            optimizer.zero_grad(set_to_none=True)  # an optimizer passes over parameters without gradients
+            self._is_bad = False
+            return
         if gradient_clip_val is None and self.gradient_clip is not None:
             gradient_clip_val, gradient_clip_algorithm = self.gradient_clip, "norm"
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def check_finite(self, loss: Tensor, batch: Mapping[str, Any]) -> None:
-        """Stops the training at a loss that is not finite, before it spoils the weights.
+    def check_finite(self, loss: Tensor, batch: Mapping[str, Any]) -> bool:
+        """Whether ``loss`` may change the weights; if not, on any process, the gradients of this update are dropped.
 
         Raises:
-            NonFiniteLossError: naming the update and the clips of the batch.
+            NonFiniteLossError: after ``max_bad_updates`` such updates in a row, naming the update and the clips.
         """
-        if not torch.isfinite(loss):
+        limit = float("inf") if self.loss_limit is None else self.loss_limit
+        here = not bool(loss.detach() <= limit)  # NaN compares as False
+        bad = here or not bool(torch.isfinite(loss.detach()))
+        if self.trainer.world_size > 1:
+            bad = bool(self.trainer.strategy.reduce_boolean_decision(bad, all=False))
+        if not bad:
+            self._bad_in_a_row = 0
+            return True
+        self._is_bad = True
+        self._bad_in_a_row += 1
+        above = "" if self.loss_limit is None else f" (loss_limit is {self.loss_limit:g})"
+        where = f"update {self.global_step}, in the batch of clips {list(batch.get('key', ['(no keys)']))}"
+        what = f"train/loss is {loss.item()}{above} on this process at {where}"
+        if self._bad_in_a_row > self.max_bad_updates:
             raise NonFiniteLossError(
-                f"train/loss is {loss.item()} at update {self.global_step}, in the batch of clips "
-                f"{list(batch.get('key', ['(no keys)']))}. The last checkpoint is kept. A lower learning_rate, a "
-                f"longer warm-up or float32 (trainer.precision=32-true) usually helps"
+                f"{what}. The last checkpoint is kept. A lower learning_rate, a longer warm-up or float32 "
+                f"(trainer.precision=32-true) usually helps"
             )
+        warn(f"{what}: left out, {self._bad_in_a_row} of at most {self.max_bad_updates} in a row", stacklevel=2)
+        return False
 
     def _is_frozen(self, key: str) -> bool:
         return any(key.startswith(f"{name}.") for name in self._frozen)

@@ -30,6 +30,8 @@ class RewardModule(TransformerModule):
         gradient_clip: largest gradient norm.
         action_mean: subtracted from the actions (A,); 0 if None.
         action_std: what the actions are divided by (A,); 1 if None.
+        max_bad_updates: updates in a row with a loss that is not finite that are left out before the training stops.
+        loss_limit: a larger loss counts as one that is not finite.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class RewardModule(TransformerModule):
         gradient_clip: float | None = 1.0,
         action_mean: Sequence[float] | None = None,
         action_std: Sequence[float] | None = None,
+        max_bad_updates: int = 0,
+        loss_limit: float | None = None,
     ) -> None:
         super().__init__(
             transformer=transformer,
@@ -59,6 +63,8 @@ class RewardModule(TransformerModule):
             freeze=("transformer",),
             action_mean=action_mean,
             action_std=action_std,
+            max_bad_updates=max_bad_updates,
+            loss_limit=loss_limit,
         )
 
     def predict_clip(self, batch: dict[str, Any]) -> TeacherForced:

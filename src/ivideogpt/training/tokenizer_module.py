@@ -41,6 +41,8 @@ class TokenizerModule(TrainingModule):
         discriminator_weight: factor of the adaptive weight of the generator loss.
         discriminator_learning_rate: that of the critic; ``learning_rate`` if None.
         codebook_restart: re-seeds codebook entries unused for this many updates; None (as published) never does.
+        max_bad_updates: updates in a row with a loss that is not finite that are left out before the training stops.
+        loss_limit: a larger loss counts as one that is not finite.
     """
 
     def __init__(
@@ -61,8 +63,12 @@ class TokenizerModule(TrainingModule):
         discriminator_weight: float = 0.8,
         discriminator_learning_rate: float | None = None,
         codebook_restart: int | None = None,
+        max_bad_updates: int = 0,
+        loss_limit: float | None = None,
     ) -> None:
-        super().__init__(learning_rate, schedule, warmup_updates, weight_decay, betas, gradient_clip)
+        super().__init__(
+            learning_rate, schedule, warmup_updates, weight_decay, betas, gradient_clip, max_bad_updates, loss_limit
+        )
         self.tokenizer = tokenizer
         self.reconstruction = ReconstructionLoss(l1_weight, mse_weight, perceptual_weight)
         self.commitment_weight = commitment_weight
@@ -88,6 +94,16 @@ class TokenizerModule(TrainingModule):
         if self.reconstruction.perceptual_weight and not hasattr(self, "perceptual"):
             self.perceptual = LPIPS.pretrained()
             self.freeze_part("perceptual")
+        super().configure_model()
+
+    def check_shardable(self) -> None:
+        """Refuses what changes or reads single weights outside of the forward pass."""
+        for name, value in (("discriminator", self.discriminator), ("codebook_restart", self.restarts)):
+            if value is not None:
+                raise ValueError(
+                    f"a tokenizer with {name} cannot be trained with FullyShardedStrategy; it fits on one GPU, so use "
+                    f"strategy=ddp"
+                )
 
     def split(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Context and future frames of ``video`` (B, T, C, H, W).
@@ -128,7 +144,8 @@ class TokenizerModule(TrainingModule):
                 (output.dynamics_latents.detach(), output.dynamics_indices),
             ]
         if self.automatic_optimization:
-            self.check_finite(terms["loss"], batch)
+            if not self.check_finite(terms["loss"], batch):
+                self._choices = None  # nothing to re-seed codebooks with
         else:
             terms |= self._adversarial_update(terms, output, context, future, batch)
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items() if name != "loss"})
@@ -153,7 +170,8 @@ class TokenizerModule(TrainingModule):
             self.discriminator.requires_grad_(True)
             extra |= {"generator": adversarial, "adversarial_weight": weight}
             extra["loss"] = terms["loss"] + weight * adversarial
-        self.check_finite(extra["loss"], batch)
+        if not self.check_finite(extra["loss"], batch):
+            self._choices = None
         optimizer.zero_grad()
         self.manual_backward(extra["loss"])
         self.configure_gradient_clipping(optimizer.optimizer)

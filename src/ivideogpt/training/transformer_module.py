@@ -61,6 +61,9 @@ class TransformerModule(TrainingModule):
         action_std: what the actions are divided by (A,); 1 if None.
         seed_embeddings: starts a fresh transformer with embeddings made of the codebooks
             (:func:`ivideogpt.training.embedding_seeds.seed_embeddings`); a trained one would lose its own.
+        activation_checkpointing: computes each block again in the backward pass, for the memory that it saves.
+        max_bad_updates: updates in a row with a loss that is not finite that are left out before the training stops.
+        loss_limit: a larger loss counts as one that is not finite.
     """
 
     action_mean: Tensor
@@ -82,14 +85,20 @@ class TransformerModule(TrainingModule):
         action_mean: Sequence[float] | None = None,
         action_std: Sequence[float] | None = None,
         seed_embeddings: bool = False,
+        activation_checkpointing: bool = False,
+        max_bad_updates: int = 0,
+        loss_limit: float | None = None,
     ) -> None:
-        super().__init__(learning_rate, schedule, warmup_updates, weight_decay, betas, gradient_clip)
+        super().__init__(
+            learning_rate, schedule, warmup_updates, weight_decay, betas, gradient_clip, max_bad_updates, loss_limit
+        )
         if tokenizer.config.vocab_size != transformer.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.config.vocab_size} token ids (slots included) and the transformer a "
                 f"vocabulary of {transformer.config.vocab_size}: they do not belong together"
             )
         self.transformer = transformer
+        self.transformer.recomputes = activation_checkpointing
         self.tokenizer = tokenizer
         self.reward_head = reward_head
         self.reward_weight = reward_weight

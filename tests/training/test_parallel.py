@@ -1,0 +1,91 @@
+"""Several processes train what one would: DDP, fully sharded, resumed, and with activation checkpointing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parallel_fit import build
+
+import ivideogpt
+from ivideogpt.training.checkpoints import latest_checkpoint
+from ivideogpt.training.sharding import read_sharded_checkpoint
+
+SCRIPT = Path(__file__).with_name("parallel_fit.py")
+Weights = dict[str, torch.Tensor]
+
+
+class Fit:
+    """Starts `parallel_fit.py` in one process or several, and waits for the weights."""
+
+    def __init__(self, shards: Path, folder: Path) -> None:
+        self.shards, self.folder = shards, folder
+
+    def start(self, name: str, processes: int = 1, **settings: Any) -> subprocess.Popen[str]:
+        """Starts a training whose files go to the folder of this name."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        whole: dict[str, Any] = {
+            "kind": "transformer", "shards": str(self.shards), "folder": str(folder), "strategy": "auto",
+            "data": {"batch_size": 4 // processes, "num_workers": 0}, "trainer": {"max_steps": 5},
+        }  # fmt: skip
+        for key, value in settings.items():
+            whole[key] = {**whole.get(key, {}), **value} if isinstance(value, dict) else value
+        whole["trainer"].setdefault("devices", processes)
+        file = folder / "settings.json"
+        file.write_text(json.dumps(whole), encoding="utf-8")
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), str(file)]
+        sources = str(Path(ivideogpt.__file__).parents[1])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": sources}
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+    def __call__(self, name: str, processes: int = 1, **settings: Any) -> Weights:
+        process = self.start(name, processes, **settings)
+        _, errors = process.communicate(timeout=280)
+        assert process.returncode == 0, errors[-4000:]
+        return torch.load(self.folder / name / "weights.pt", weights_only=True)
+
+
+@pytest.fixture
+def fit(shards: Path, tmp_path: Path) -> Fit:
+    return Fit(shards, tmp_path)
+
+
+def distance(one: Weights, other: Weights) -> float:
+    """Largest difference of two weights of the same name."""
+    assert one.keys() == other.keys()
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+def moved(kind: str, weights: Weights) -> float:
+    """How far the weights are from those at the start."""
+    return distance(weights, build(kind).state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["transformer", "tokenizer"])
+def test_two_processes_equal_one_with_the_doubled_batch(fit: Fit, kind: str) -> None:
+    one = fit("one", kind=kind)
+    two = fit("two", 2, kind=kind, strategy="ddp")
+    assert moved(kind, one) > 1e-3
+    assert distance(one, two) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["transformer", "tokenizer"])
+def test_sharded_equals_ddp(fit: Fit, kind: str) -> None:
+    ddp = fit("ddp", 2, kind=kind, strategy="ddp")
+    sharded = fit("sharded", 2, kind=kind, strategy="sharded")
+    assert moved(kind, ddp) > 1e-3
+    assert distance(ddp, sharded) < 2e-6
+    found = latest_checkpoint(fit.folder / "sharded" / "checkpoints")
+    assert found is not None
+    assert found[0] == 5 and found[1].is_dir()
+    assert distance(read_sharded_checkpoint(found[1])["state_dict"], sharded) == 0
