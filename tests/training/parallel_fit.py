@@ -21,7 +21,7 @@ from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer
 from ivideogpt.training import TokenizerModule, TransformerModule
 from ivideogpt.training.callbacks import SeededUpdates
-from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, latest_checkpoint
 from ivideogpt.training.module import TrainingModule
 from ivideogpt.training.sharding import FullyShardedStrategy, is_sharded, whole_state
 
@@ -62,7 +62,8 @@ def main(settings: dict[str, Any]) -> None:
         num_sanity_val_steps=0, limit_val_batches=1, default_root_dir=folder, plugins=[AtomicCheckpointIO()],
         callbacks=[SeededUpdates(0), Checkpoints(settings.get("every", 100))], **settings["trainer"],
     )  # fmt: skip
-    trainer.fit(module, datamodule=data, ckpt_path=settings.get("resume"), weights_only=True)
+    found = latest_checkpoint(folder / "checkpoints")
+    trainer.fit(module, datamodule=data, ckpt_path=found and found[1], weights_only=True)
     state = whole_state(module) if is_sharded(module) else module.state_dict()
     if trainer.is_global_zero:
         torch.save({name: tensor.detach().clone() for name, tensor in state.items()}, folder / "weights.pt")

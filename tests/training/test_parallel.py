@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +46,35 @@ class Fit:
         command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), str(file)]
         sources = str(Path(ivideogpt.__file__).parents[1])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": sources}
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        return subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+            start_new_session=True, preexec_fn=_default_signals,
+        )  # fmt: skip
+
+    def interrupt(self, name: str, number: int, after: int, processes: int = 1, **settings: Any) -> tuple[int, int]:
+        """Sends a signal when the checkpoint of update ``after`` is there; the exit code, and the update reached."""
+        process = self.start(name, processes, **settings)
+        checkpoints = self.folder / name / "checkpoints"
+        deadline = time.monotonic() + 200
+        while not (checkpoints / f"update-{after:06d}.ckpt").exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-4000:]
+            time.sleep(0.02)
+        os.killpg(process.pid, number)
+        process.communicate(timeout=100)
+        found = latest_checkpoint(checkpoints)
+        assert found is not None
+        return process.returncode, found[0]
 
     def __call__(self, name: str, processes: int = 1, **settings: Any) -> Weights:
         process = self.start(name, processes, **settings)
         _, errors = process.communicate(timeout=280)
         assert process.returncode == 0, errors[-4000:]
         return torch.load(self.folder / name / "weights.pt", weights_only=True)
+
+
+def _default_signals() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test that was started in the background ignores it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -89,3 +113,43 @@ def test_sharded_equals_ddp(fit: Fit, kind: str) -> None:
     assert found is not None
     assert found[0] == 5 and found[1].is_dir()
     assert distance(read_sharded_checkpoint(found[1])["state_dict"], sharded) == 0
+
+
+LONG = {"every": 5, "trainer": {"max_steps": 40}, "data": {"num_workers": 2}}
+"""Long enough for a signal to come in the middle."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_the_update_that_was_under_way(fit: Fit, processes: int) -> None:
+    settings = {**LONG, "strategy": "ddp" if processes > 1 else "auto"}
+    code, update = fit.interrupt("run", signal.SIGTERM, 5, processes, **settings)
+    assert code == (143 if processes == 1 else 1)  # torchrun says 1 whatever its processes say
+    assert 5 <= update < 40
+    assert distance(fit("run", processes, **settings), fit("whole", processes, **settings)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_a_killed_run_of_two_processes_and_two_workers_is_resumed_to_the_bit(fit: Fit, strategy: str) -> None:
+    settings = {**LONG, "strategy": strategy}
+    code, update = fit.interrupt("run", signal.SIGKILL, 10, 2, **settings)
+    assert code == -signal.SIGKILL
+    assert 10 <= update < 40
+    assert distance(fit("run", 2, **settings), fit("whole", 2, **settings)) == 0
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_goes_on_in_another_number_of_processes(fit: Fit) -> None:
+    settings: dict[str, Any] = {"every": 2, "strategy": "sharded"}
+    fit("run", 2, **settings)
+    resumed = fit("run", 1, **settings, trainer={"max_steps": 8})
+    assert distance(resumed, fit("whole", 2, **settings, trainer={"max_steps": 8})) < 2e-6
+
+
+@pytest.mark.slow
+def test_accumulated_batches_and_recomputed_activations_change_nothing(fit: Fit) -> None:
+    one = fit("one")
+    small: dict[str, Any] = {"data": {"batch_size": 1}, "trainer": {"accumulate_grad_batches": 2}}
+    two = fit("two", 2, strategy="sharded", module={"activation_checkpointing": True}, **small)
+    assert distance(one, two) < 2e-6

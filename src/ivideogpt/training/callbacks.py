@@ -35,7 +35,7 @@ class SeededUpdates(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seeds Python, numpy and torch."""
-        micro_batch = batch_idx % trainer.accumulate_grad_batches
+        micro_batch = batch_idx % max(trainer.accumulate_grad_batches, getattr(pl_module, "accumulate", 1))
         entropy = (self.seed, trainer.global_rank, trainer.global_step, micro_batch)
         words = np.random.SeedSequence(entropy).generate_state(2)
         random.seed(int(words[0]))

@@ -41,6 +41,7 @@ class TokenizerModule(TrainingModule):
         discriminator_weight: factor of the adaptive weight of the generator loss.
         discriminator_learning_rate: that of the critic; ``learning_rate`` if None.
         codebook_restart: re-seeds codebook entries unused for this many updates; None (as published) never does.
+        accumulate: batches of an update, with a discriminator; without one the trainer's `accumulate_grad_batches` does it.
         max_bad_updates: updates in a row with a loss that is not finite that are left out before the training stops.
         loss_limit: a larger loss counts as one that is not finite.
     """
@@ -63,6 +64,7 @@ class TokenizerModule(TrainingModule):
         discriminator_weight: float = 0.8,
         discriminator_learning_rate: float | None = None,
         codebook_restart: int | None = None,
+        accumulate: int = 1,
         max_bad_updates: int = 0,
         loss_limit: float | None = None,
     ) -> None:
@@ -77,6 +79,12 @@ class TokenizerModule(TrainingModule):
         self.discriminator_weight = discriminator_weight
         self.discriminator_learning_rate = discriminator_learning_rate or learning_rate
         self.automatic_optimization = discriminator is None
+        if accumulate < 1 or (accumulate > 1 and discriminator is None):
+            raise ValueError(
+                f"accumulate is {accumulate}: it is for a tokenizer with a discriminator; without one set "
+                f"trainer.accumulate_grad_batches"
+            )
+        self.accumulate, self._micro_batch = accumulate, 0
         self.restarts: nn.ModuleList | None = None
         if codebook_restart is not None:
             config = tokenizer.config
@@ -172,22 +180,29 @@ class TokenizerModule(TrainingModule):
             extra["loss"] = terms["loss"] + weight * adversarial
         if not self.check_finite(extra["loss"], batch):
             self._choices = None
-        optimizer.zero_grad()
-        self.manual_backward(extra["loss"])
-        self.configure_gradient_clipping(optimizer.optimizer)
-        optimizer.step()
-        self._restart_codebooks(optimizer)
-        schedule.step()
+        first, last = self._micro_batch == 0, self._micro_batch == self.accumulate - 1
+        self._micro_batch = 0 if last else self._micro_batch + 1
+        if first:
+            optimizer.zero_grad()
+        self.manual_backward(extra["loss"] / self.accumulate)
         if active:
+            if first:
+                critic_optimizer.zero_grad()
             critic = discriminator_loss(self.discriminator(real), self.discriminator(fake.detach()))
-            self.check_finite(critic, batch)
-            critic_optimizer.zero_grad()
-            self.manual_backward(critic)
-            self.configure_gradient_clipping(critic_optimizer.optimizer)
-            # stepped below Lightning's wrapper, which would count it as one more update
-            critic_optimizer.optimizer.step()
-            critic_schedule.step()
             extra["discriminator"] = critic
+            self.manual_backward(critic / self.accumulate)
+        if last:
+            if active:
+                bad = self._is_bad or not self.check_finite(critic, batch)
+                self.configure_gradient_clipping(critic_optimizer.optimizer)
+                self._is_bad = bad  # both networks pass over a bad update, or neither
+                # stepped below Lightning's wrapper, which would count it as one more update
+                critic_optimizer.optimizer.step()
+                critic_schedule.step()
+            self.configure_gradient_clipping(optimizer.optimizer)
+            optimizer.step()
+            self._restart_codebooks(optimizer)
+            schedule.step()
         return extra
 
     def optimizer_step(
@@ -202,11 +217,9 @@ class TokenizerModule(TrainingModule):
             return
         quantizers = (self.tokenizer.quantize, self.tokenizer.dynamics_quantize)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # below Lightning's wrapper
-        counts = [
-            restart(quantizer, *choices, optimizer)
-            for restart, quantizer, choices in zip(self.restarts, quantizers, self._choices, strict=True)
-        ]
-        self._restarted = (float(counts[0]), float(counts[1]))
+        rows = zip(self.restarts, quantizers, self._choices, strict=True)
+        first, second = [restart(quantizer, *choices, optimizer) for restart, quantizer, choices in rows]
+        self._restarted = (float(first), float(second))
         self._choices = None
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
