@@ -41,7 +41,7 @@ class TokenizerModule(TrainingModule):
         discriminator_weight: factor of the adaptive weight of the generator loss.
         discriminator_learning_rate: that of the critic; ``learning_rate`` if None.
         codebook_restart: re-seeds codebook entries unused for this many updates; None (as published) never does.
-        accumulate: batches of an update, with a discriminator; without one the trainer's `accumulate_grad_batches` does it.
+        accumulate: batches of an update with a discriminator; without, use the trainer's `accumulate_grad_batches`.
         max_bad_updates: updates in a row with a loss that is not finite that are left out before the training stops.
         loss_limit: a larger loss counts as one that is not finite.
     """
@@ -147,10 +147,8 @@ class TokenizerModule(TrainingModule):
         output = self.tokenizer(context, future)
         terms = self.losses(output, context, future)
         if self.restarts is not None:
-            self._choices = [
-                (output.context_latents.detach(), output.context_indices),
-                (output.dynamics_latents.detach(), output.dynamics_indices),
-            ]
+            context_choice = output.context_latents.detach(), output.context_indices
+            self._choices = [context_choice, (output.dynamics_latents.detach(), output.dynamics_indices)]
         if self.automatic_optimization:
             if not self.check_finite(terms["loss"], batch):
                 self._choices = None  # nothing to re-seed codebooks with
