@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,13 +22,14 @@ EMBEDDED = {"debug", "demo", "metaworld_nano", "tokens"}
 
 
 def test_all_recipes_are_found() -> None:
-    assert len(NAMES) == 4
+    assert len(NAMES) == 10
     assert set(NAMES) >= EMBEDDED
     assert recipes.recipes_folder() == FOLDER
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_is_built(name: str, shards: dict[str, str], tmp_path: Path) -> None:
+    """Recipes of large models are built at nano's size, with its actions, on this machine's processor."""
     start = ivideogpt.WorldModel(WorldModelConfig.preset("nano", action_dim=4, reward=True))
     start.save_pretrained(tmp_path / "start")
     recipe = recipes.load(name)
@@ -45,10 +48,29 @@ def test_recipe_is_built(name: str, shards: dict[str, str], tmp_path: Path) -> N
                 words.append(f"{stage}.module.{part}.from={tmp_path / 'start'}")
         if "horizon" in content["module"]["init_args"]:
             words.append(f"{stage}.module.horizon=1")
+        if name not in EMBEDDED:
+            words += _at_nano_size(stage, content)
     output = recipes.run(name, words)
     assert output is not None
     model = ivideogpt.from_pretrained(output / "model")
-    assert model.config.action_dim == 4
+    assert model.config.action_dim == (None if "action_free" in name else 4)
+
+
+def _at_nano_size(stage: str, content: dict[str, Any]) -> list[str]:
+    module = content["module"]["init_args"]
+    words = [f"{stage}.trainer.{word}" for word in ("accelerator=cpu", "devices=1", "strategy=auto")]
+    words += [f"{stage}.trainer.precision=32-true", f"{stage}.data.num_workers=0", f"{stage}.data.resolution=64"]
+    if "perceptual_weight" in module:
+        words.append(f"{stage}.module.perceptual_weight=0.0")
+    for part in ("tokenizer", "transformer"):
+        if "preset" in (module.get(part) or {}):
+            changes = {"preset": "nano"} | (
+                {"context_length": module[part]["context_length"]} if part == "tokenizer" else {}
+            )
+            if module[part].get("action_dim") is not None:
+                changes["action_dim"] = 4
+            words.append(f"{stage}.module.{part}={json.dumps(changes)}")
+    return words
 
 
 def test_debug_runs_as_it_stands_and_a_second_run_skips_its_stages(tmp_path: Path, capsys) -> None:

@@ -1,0 +1,83 @@
+"""The published recipes: their numbers are the published ones, and their losses those of the original computation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ivideogpt import recipes
+from ivideogpt.recipes.parts import PartBuilder, part_config
+from ivideogpt.recipes.stage import Stage
+
+# tokenizer updates (half of the published steps), transformer updates, resolution, t0, segments, action size
+PUBLISHED: dict[str, tuple[int, int, int, int, int, int | None]] = {
+    "bair": (100_000, 100_000, 64, 1, 16, 4),
+    "bair_action_free": (100_000, 70_000, 64, 1, 16, None),
+    "robonet_64": (300_000, 600_000, 64, 2, 12, 5),
+    "robonet_256": (100_000, 600_000, 256, 2, 12, 5),
+    "vp2_robosuite": (100_000, 200_000, 64, 2, 12, 4),
+    "vp2_robodesk": (100_000, 200_000, 64, 2, 12, 5),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_numbers_are_the_published_ones(name: str) -> None:
+    tokenizer_updates, transformer_updates, resolution, context, segment, action_dim = PUBLISHED[name]
+    stages = recipes.load(name)["stages"]
+    tokenizer, transformer = stages["tokenizer"], stages["transformer"]
+    fields = tokenizer["module"]["init_args"]
+    assert tokenizer["trainer"]["max_steps"] == tokenizer_updates
+    assert transformer["trainer"]["max_steps"] == transformer_updates
+    config = part_config("tokenizer", fields["tokenizer"], name)
+    assert (config.resolution, config.context_length) == (resolution, context)
+    assert (fields["learning_rate"], fields["l1_weight"], fields["perceptual_weight"]) == (5e-4, 1.0, 1.0)
+    assert (fields["commitment_weight"], fields["gradient_clip"]) == (1.0, 1.0)
+    fields = transformer["module"]["init_args"]
+    config = part_config("transformer", fields["transformer"], name)
+    assert (config.num_layers, config.embed_dim, config.attention_dropout) == (12, 768, 0.1)
+    assert config.action_dim == action_dim
+    assert (fields["learning_rate"], fields["warmup_updates"], fields["weight_decay"]) == (1e-4, 5000, 0.01)
+    assert fields["schedule"] == "cosine"
+    for stage, length in ((tokenizer, 8), (transformer, segment)):
+        data, trainer = stage["data"]["init_args"], stage["trainer"]
+        assert (data["segment_length"], data["context_length"], data["resolution"]) == (length, context, resolution)
+        assert data["augment"] == (resolution == 64)
+        assert trainer["precision"] == "bf16-mixed"
+        if resolution == 64:
+            assert data["batch_size"] * trainer["devices"] == 64
+    assert tokenizer["data"]["init_args"]["horizon"] == (16 if segment == 16 else 12)
+
+
+def build(name: str, stage: str, folder: Path) -> Any:
+    """The module of a recipe's stage with the parts of a recorded checkpoint."""
+    parts = ("tokenizer",) if stage == "tokenizer" else ("tokenizer", "transformer")
+    words = [f"{stage}.module.{part}={{from: {folder}}}" for part in parts]
+    recipe = recipes.load(name, [*words, *([] if stage == "tokenizer" else ["tokenizer=null"])])
+    built = Stage(stage, recipe["stages"][stage], folder, recipe["seed"], {}, "error", name, "")
+    return built.build_module(PartBuilder({})).eval()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@torch.no_grad()
+def test_losses_are_the_recorded_ones(name: str, golden: Callable[[str], Any]) -> None:
+    recorded = golden("oxe-64-act-free" if PUBLISHED[name][-1] is None else "bair-64-act-cond")
+    expected, batch = recorded.tensors, {"video": recorded.video}
+    if "actions" in expected:
+        batch["actions"] = expected["actions"]
+    module = build(name, "transformer", recorded.folder)
+    assert module.losses(module.predict_clip(batch), batch)["loss"].item() == pytest.approx(
+        expected["loss"].item(), rel=1e-5
+    )
+    module = build(name, "tokenizer", recorded.folder)
+    module.reconstruction.perceptual_weight = 0.0  # no VGG weights are recorded
+    context, future = module.split(recorded.video)
+    loss = module.losses(module.tokenizer(context, future), context, future)["loss"]
+    wanted = expected["commit_loss"] + expected["dynamics_commit_loss"]
+    for kind, frames in (("future", future), ("context", context)):
+        reconstruction = expected[f"train_{kind}_reconstruction"].float()
+        wanted = wanted + (reconstruction - frames.flatten(0, 1)).abs().mean()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
