@@ -175,6 +175,18 @@ class Transformer(nn.Module):
         if self.action_linear is not None:
             nn.init.zeros_(self.action_linear.weight)
 
+    def flops_per_sequence(self, length: int) -> float:
+        """Arithmetic of a training step on one sequence: forward and backward, recomputation not counted.
+
+        Six operations for each weight of a matrix and token, and the two products of causal attention.
+        """
+        config = self.config
+        assert config.head_dim is not None
+        matrices = sum(p.numel() for layer in self.layers for p in layer.parameters() if p.ndim == 2)
+        matrices += self.lm_head.weight.numel()
+        attention = 6 * config.num_layers * config.num_heads * config.head_dim * length**2
+        return 6.0 * matrices * length + attention
+
     def rope(self, input_pos: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine (L, d) of positions (L,), computed in float32 and then cast."""
         dim, device = self.config.head_dim, input_pos.device

@@ -31,7 +31,7 @@ from ivideogpt.recipes.checking import BASES, build_arguments, trains
 from ivideogpt.recipes.classes import arguments, defaults, import_class
 from ivideogpt.recipes.parts import PartBuilder, part_arguments, source_folder
 from ivideogpt.recipes.reading import Node
-from ivideogpt.recipes.results import differences, fingerprint, read_record, save_tokenizer, write_record
+from ivideogpt.recipes.results import differences, fingerprint, read_record, save_tokenizer, write_record, write_text
 from ivideogpt.training.callbacks import SeededUpdates
 from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, Preempted, latest_checkpoint
 from ivideogpt.training.logs import MetricsCSV
@@ -121,6 +121,9 @@ class Stage:
             record |= {"state": "finished", "finished": _now(), "seconds": round(time.monotonic() - begin, 1)}
             record["updates"] = trainer.global_step
             write_record(self.folder, record)
+            metrics = {name: float(value) for name, value in sorted(trainer.logged_metrics.items())}
+            summary = {name: record[name] for name in ("started", "finished", "seconds", "updates")}
+            write_text(self.folder / "summary.json", json.dumps(summary | {"metrics": metrics}, indent=2) + "\n")
             console.print(f"[bold]{self.name}[/]: finished in {record['seconds']} s", highlight=False)
         trainer.strategy.barrier()
 

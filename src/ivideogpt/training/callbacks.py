@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,6 +20,7 @@ from torch import Tensor
 from ivideogpt.drawing import save_comparison, save_png, strip
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.training.codebook import codebook_usage
+from ivideogpt.training.sharding import is_sharded
 
 
 class SeededUpdates(Callback):
@@ -136,10 +138,14 @@ class CodebookUsage(Callback):
 
 
 class Throughput(Callback):
-    """Logs frames and tokens a second (all processes together), waiting for data included, validations left out."""
+    """Logs frames and tokens a second (all processes together), waiting for data included, validations left out.
+
+    Of a transformer also ``train/mfu``, its arithmetic over what the devices could do at most, where that is known.
+    """
 
     def __init__(self) -> None:
         self._updates = -1
+        self._peak: float | None = None
         self._restart()
 
     def _restart(self) -> None:
@@ -148,6 +154,9 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         self._restart()
+        if trainer.strategy.root_device.type == "cuda":
+            dtype = torch.float32 if str(trainer.precision).startswith("32") else torch.bfloat16
+            self._peak = get_available_flops(trainer.strategy.root_device, dtype)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock anew."""
@@ -168,7 +177,11 @@ class Throughput(Callback):
         if trainer.global_step % every == 0 and self._updates < trainer.global_step:
             self._updates = trainer.global_step
             seconds = max(time.monotonic() - self._start, 1e-9)
-            pl_module.log_dict(
-                {"train/frames_per_second": self._frames / seconds, "train/tokens_per_second": self._tokens / seconds}
-            )
+            length = layout.sequence_length(frames)
+            rates = {"frames": self._frames / seconds, "tokens": self._tokens / seconds}
+            pl_module.log_dict({f"train/{name}_per_second": rate for name, rate in rates.items()})
+            transformer = getattr(pl_module, "transformer", None)
+            if self._peak and transformer is not None and not is_sharded(transformer):
+                done = transformer.flops_per_sequence(length) * rates["tokens"] / length
+                pl_module.log("train/mfu", done / (self._peak * trainer.world_size))
             self._restart()

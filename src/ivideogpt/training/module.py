@@ -9,6 +9,7 @@ from warnings import warn
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from ivideogpt.training.optim import Schedule, adamw, scheduler
@@ -141,6 +142,8 @@ class TrainingModule(LightningModule):
             optimizer.zero_grad(set_to_none=True)  # an optimizer passes over parameters without gradients
             self._is_bad = False
             return
+        if getattr(optimizer, "optimizer", optimizer) is self.trainer.optimizers[0]:
+            self._log_update(optimizer)
         if gradient_clip_val is None and self.gradient_clip is not None:
             gradient_clip_val, gradient_clip_algorithm = self.gradient_clip, "norm"
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -171,6 +174,17 @@ class TrainingModule(LightningModule):
             )
         warn(f"{what}: left out, {self._bad_in_a_row} of at most {self.max_bad_updates} in a row", stacklevel=2)
         return False
+
+    def _log_update(self, optimizer: Optimizer) -> None:
+        """Logs the norm of the gradients, before they are clipped, and the learning rate, where the trainer logs."""
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.trainer.logger is None or (self.global_step + 1) % every:
+            return
+        groups = optimizer.param_groups
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        norm = get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded weights
+        self.log_dict({"train/gradient_norm": norm, "train/learning_rate": groups[0]["lr"]})
 
     def _is_frozen(self, key: str) -> bool:
         return any(key.startswith(f"{name}.") for name in self._frozen)

@@ -203,6 +203,11 @@ class TokenizerModule(TrainingModule):
             schedule.step()
         return extra
 
+    def on_validation_model_zero_grad(self) -> None:
+        """Keeps the gradients of an update that a validation comes into."""
+        if self._micro_batch == 0:
+            super().on_validation_model_zero_grad()
+
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
