@@ -68,6 +68,8 @@ def main(settings: dict[str, Any]) -> None:
     if trainer.is_global_zero:
         torch.save({name: tensor.detach().clone() for name, tensor in state.items()}, folder / "weights.pt")
     trainer.strategy.barrier()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

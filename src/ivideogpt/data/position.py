@@ -7,6 +7,8 @@ run is one number, which lies in the Lightning checkpoint.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from typing import Any
 
 import lightning as L
@@ -60,6 +62,7 @@ class PositionDataModule(L.LightningDataModule):
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": _outlive_sigterm,
         }
 
     @property
@@ -83,6 +86,23 @@ class PositionDataModule(L.LightningDataModule):
                 "its clips would not be the ones that follow"
             )
         self._start, self._taken = int(state_dict["position"]), 0
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Ends a worker by its parent's SIGTERM alone.
+
+    A job scheduler sends SIGTERM to every process, and the training still needs its workers while it saves.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # not on macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # here, so that all later threads inherit it
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class ResumableLoader(DataLoader):

@@ -126,7 +126,16 @@ def run(
                 compose_model(stage.folder, output)
         if first:
             write_text(output / "recipe.yaml", text)
+        _leave_group()
     return output
+
+
+def _leave_group() -> None:
+    """Takes leave of the other processes, whose threads would otherwise be cut off at the end of this one."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
