@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import ivideogpt
+from ivideogpt.recipes.consolidation import consolidate
 from ivideogpt.recipes.results import read_record
 
 
@@ -36,3 +38,30 @@ def test_two_processes_run_a_recipe_and_skip_it_the_second_time(recipe, tmp_path
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("finished before, skipped") == 3
+
+
+@pytest.mark.slow
+def test_a_sharded_run_makes_the_model_of_its_checkpoint(recipe, tmp_path: Path) -> None:
+    path = recipe()
+    words = ["tokenizer.module.codebook_restart=null"]
+    for stage in ("tokenizer", "transformer"):
+        words += [f"{stage}.trainer.strategy={{class_path: ivideogpt.training.sharding.FullyShardedStrategy}}"]
+        words += [f"{stage}.trainer.devices=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ivideogpt.__file__).parents[1])}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *launcher, "-m", "ivideogpt.cli", "run", str(path), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    model = ivideogpt.from_pretrained(tmp_path / "out" / "model")
+    checkpoints = tmp_path / "out" / "transformer" / "checkpoints"
+    assert all(path.is_dir() for path in checkpoints.iterdir())
+    folder, update = consolidate(tmp_path / "out" / "transformer", tmp_path / "whole")
+    assert update == 6
+    whole = ivideogpt.from_pretrained(folder)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"no checkpoint of update 1, but of \[\d, 6\]"):
+        consolidate(tmp_path / "out" / "transformer", tmp_path / "other", update=1)
+    for shard in checkpoints.glob("*/__1_0.distcp"):
+        shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="missing or truncated"), pytest.raises(ValueError, match="no checkpoint that"):
+        consolidate(tmp_path / "out" / "transformer", tmp_path / "other")

@@ -166,7 +166,8 @@ class TrainingModule(LightningModule):
         self._bad_in_a_row += 1
         above = "" if self.loss_limit is None else f" (loss_limit is {self.loss_limit:g})"
         where = f"update {self.global_step}, in the batch of clips {list(batch.get('key', ['(no keys)']))}"
-        what = f"train/loss is {loss.item()}{above} on this process at {where}"
+        process = f" on process {self.global_rank}" if self.trainer.world_size > 1 else ""
+        what = f"train/loss is {loss.item()}{above}{process} at {where}"
         if self._bad_in_a_row > self.max_bad_updates:
             raise NonFiniteLossError(
                 f"{what}. The last checkpoint is kept. A lower learning_rate, a longer warm-up or float32 "
