@@ -158,7 +158,7 @@ class Checkpoints(Checkpoint):
         """Saves where it is time to."""
         if trainer.global_step == self._before:
             return
-        if trainer.global_step % self.every_n_updates == 0:
+        if trainer.global_step // self.every_n_updates > self._before // self.every_n_updates:  # some batches make two
             self._save(trainer)
         self._end_if_asked(trainer)
 
