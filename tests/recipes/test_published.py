@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from ivideogpt import recipes
+from ivideogpt.data.mixtures import check_weights
+from ivideogpt.data.sources.rlds import oxe_table
 from ivideogpt.recipes.parts import PartBuilder, part_config
 from ivideogpt.recipes.stage import Stage
 
@@ -21,6 +23,7 @@ PUBLISHED: dict[str, tuple[int, int, int, int, int, int | None]] = {
     "robonet_256": (100_000, 600_000, 256, 2, 12, 5),
     "vp2_robosuite": (100_000, 200_000, 64, 2, 12, 4),
     "vp2_robodesk": (100_000, 200_000, 64, 2, 12, 5),
+    "oxe_64": (500_000, 700_000, 64, 2, 16, None),
 }
 
 
@@ -50,6 +53,32 @@ def test_numbers_are_the_published_ones(name: str) -> None:
         if resolution == 64:
             assert data["batch_size"] * trainer["devices"] == 64
     assert tokenizer["data"]["init_args"]["horizon"] == (16 if segment == 16 else 12)
+
+
+def test_the_mixture_is_the_published_one() -> None:
+    data = {stage: content["data"]["init_args"] for stage, content in recipes.load("oxe_64")["stages"].items()}
+    select = {Path(folder).name: weight for folder, weight in data["transformer"]["train"].items()}
+    assert select == {name: row["weight"] for name, row in oxe_table().items() if row.get("weight")}
+    weights = check_weights(data["tokenizer"]["train"], list(data["tokenizer"]["train"]))
+    assert weights["runs/data/sthsth"] == pytest.approx(0.15)
+    assert weights["runs/data/oxe/bridge"] == pytest.approx(0.85 * 0.15)
+    for one in data.values():
+        assert (one["stride"], one["target_rate"], one["holdout_every"]) == (None, 3.0, 100)
+
+
+def test_further_numbers_of_open_x_embodiment() -> None:
+    medium = recipes.load("oxe_64_medium")["stages"]["transformer"]
+    config = part_config("transformer", medium["module"]["init_args"]["transformer"], "medium")
+    assert (config.num_layers, config.embed_dim, medium["module"]["init_args"]["gradient_clip"]) == (24, 1024, 1.0)
+    assert (medium["data"]["init_args"]["batch_size"], medium["trainer"]["accumulate_grad_batches"]) == (8, 2)
+    goal = recipes.load("oxe_64_goal")["stages"]
+    assert goal["tokenizer"]["data"]["init_args"]["shuffle_frames"] and goal["transformer"]["data"]["init_args"]["goal"]
+    assert goal["tokenizer"]["module"]["init_args"]["learning_rate"] == 1e-4
+    assert goal["transformer"]["data"]["init_args"]["segment_length"] == 17
+    large = recipes.load("oxe_256")["stages"]
+    fields = large["tokenizer"]["module"]["init_args"]
+    assert fields["discriminator_start"] == 125_000 and fields["accumulate"] == 4
+    assert [stage["data"]["init_args"]["batch_size"] for stage in large.values()] == [2, 4]
 
 
 def build(name: str, stage: str, folder: Path) -> Any:

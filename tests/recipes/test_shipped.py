@@ -17,12 +17,12 @@ from ivideogpt.training.tokenization import tokenize_clips
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-EMBEDDED = {"debug", "demo", "metaworld_nano", "tokens"}
+EMBEDDED = {"debug", "demo", "grpo", "metaworld_nano", "tokens"}
 """Recipes that must run with nothing but the package: no perceptual network."""
 
 
 def test_all_recipes_are_found() -> None:
-    assert len(NAMES) == 10
+    assert len(NAMES) == 16
     assert set(NAMES) >= EMBEDDED
     assert recipes.recipes_folder() == FOLDER
 
@@ -44,16 +44,18 @@ def test_recipe_is_built(name: str, shards: dict[str, str], tmp_path: Path) -> N
         words += [f"{stage}.data.batch_size=1", f"{stage}.data.segment_length={length}"]
         words += [f"{stage}.trainer.max_steps=0", f"{stage}.trainer.limit_test_batches=1"]
         for part, spec in content["module"]["init_args"].items():
-            if isinstance(spec, dict) and spec.get("from") == "ivideogpt-metaworld-nano":
+            if isinstance(spec, dict) and str(spec.get("from")).startswith("ivideogpt-"):
                 words.append(f"{stage}.module.{part}.from={tmp_path / 'start'}")
         if "horizon" in content["module"]["init_args"]:
             words.append(f"{stage}.module.horizon=1")
+        if data.get("holdout_every"):
+            words.append(f"{stage}.data.holdout_every=null")
         if name not in EMBEDDED:
             words += _at_nano_size(stage, content)
     output = recipes.run(name, words)
     assert output is not None
     model = ivideogpt.from_pretrained(output / "model")
-    assert model.config.action_dim == (None if "action_free" in name else 4)
+    assert model.config.action_dim == (None if "action_free" in name or "oxe" in name else 4)
 
 
 def _at_nano_size(stage: str, content: dict[str, Any]) -> list[str]:
