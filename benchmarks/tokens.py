@@ -136,7 +136,7 @@ def main(words: list[str] | None = None) -> int:
         results[name] = {"seconds": seconds[name], "stats": stats, "updates_per_second": 1 / stats["median"]}
     counts, pixels = tokens.manifest["counts"], load_manifest(resolve_source(DATA))
     raw = args.segment_length * resolution**2 * 3
-    record = {
+    record: dict[str, Any] = {
         "benchmark": "tokens",
         "version": 1,
         "date": common.now(),

@@ -79,18 +79,20 @@ def test_training_raises_the_reward_and_touches_nothing_else(model, trainer) -> 
     batch = clips(count=1)
     wanted = module.futures(batch, 1, torch.Generator().manual_seed(3)).video  # one that the model can imagine
     batch["video"] = torch.cat([batch["video"][:, :2], wanted[:, 2:]], dim=1)
-    before = copy.deepcopy(module.tokenizer.state_dict()), copy.deepcopy(module.reward_head.state_dict())
+    parts: list[Any] = [module.tokenizer, module.reward_head]
+    before = [copy.deepcopy(part.state_dict()) for part in parts]
     start = module.judge(module.futures(batch, 64, torch.Generator().manual_seed(2)), batch)["reward"].mean()
-    loader = torch.utils.data.DataLoader([batch] * 30, batch_size=None)
+    loader: Any = torch.utils.data.DataLoader([batch] * 30, batch_size=None)  # type: ignore[arg-type]
     trainer(max_steps=30, limit_val_batches=0).fit(module, loader, loader)
     end = module.judge(module.futures(batch, 64, torch.Generator().manual_seed(2)), batch)["reward"].mean()
     assert end > 0.9 * start  # both are negative
-    for part, state in zip((module.tokenizer, module.reward_head), before, strict=True):
+    for part, state in zip(parts, before, strict=True):
         assert all(torch.equal(value, state[name]) for name, value in part.state_dict().items())
 
 
 def test_inner_updates_count_as_updates_and_the_start_model_stays(model, data, trainer) -> None:
     module = grpo(model, group_size=2, inner_updates=2, learning_rate=1e-3)
+    assert module.reference is not None
     start = copy.deepcopy(module.reference.state_dict())
     run = trainer(max_steps=6)
     run.fit(module, datamodule=data())

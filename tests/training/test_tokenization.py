@@ -129,7 +129,7 @@ def test_goal_stride_and_no_actions(model, tmp_path: Path) -> None:
 def test_draws_are_of_the_clip_and_are_the_training_augmentation(model, shards: Path, tmp_path: Path) -> None:
     from ivideogpt.data.transforms import Augmentation, augment
 
-    make = dict(clips_per_episode=1, draws=3, seed=5)
+    make: dict[str, Any] = dict(clips_per_episode=1, draws=3, seed=5)
     tokenize_clips(model.tokenizer, [str(shards)], tmp_path / "a", 4, batch_size=18, **make)
     tokenize_clips(model.tokenizer, [str(shards)], tmp_path / "b", 4, batch_size=18, num_workers=2, **make)
     tokens = TokenSet(tmp_path / "a")

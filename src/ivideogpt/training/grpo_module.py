@@ -19,7 +19,6 @@ from ivideogpt.models.reward_head import RewardHead
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer
 from ivideogpt.rollout.engine import Rollout, rollout
-from ivideogpt.training.module import TrainingModule
 from ivideogpt.training.optim import Schedule
 from ivideogpt.training.perceptual import LPIPS
 from ivideogpt.training.transformer_module import TransformerModule
@@ -141,7 +140,7 @@ class GRPOModule(TransformerModule):
         """Refuses weights that are spread over processes: the rollout engine needs them whole."""
         raise ValueError("GRPO rolls the model out at each update and needs whole weights: use strategy=ddp")
 
-    def train(self, mode: bool = True) -> TrainingModule:
+    def train(self, mode: bool = True) -> GRPOModule:
         """Stays without dropout: the probabilities are those that were sampled from."""
         super().train(mode)
         self.transformer.eval()
@@ -215,7 +214,7 @@ class GRPOModule(TransformerModule):
             terms["loss"] = terms["loss"] + self.kl_weight * terms["kl"]
         return terms
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
         """Samples groups, judges them, and makes ``inner_updates`` updates on them."""
         optimizer, schedule = self.optimizers(), self.lr_schedulers()
         imagined = self.futures(batch, self.group_size)

@@ -65,7 +65,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             OSError: naming the folder, when it cannot be written.
         """
         if not self._save_distributed_checkpoint:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            super().save_checkpoint(checkpoint, Path(filepath), storage_options)
             return
         target = Path(self.broadcast(filepath))
         partial = target.with_name(f".{target.name}.partial")
@@ -140,7 +140,10 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any] = get_model_state_dict(
+        module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return state
 
 
 def is_sharded_checkpoint(path: Path) -> bool:
