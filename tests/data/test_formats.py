@@ -75,8 +75,8 @@ def source(shared: Path, tmp_path: Path) -> Callable[[str], Path]:
             return shared / "data" / "metaworld" / "plate-slide"
         if name == "rlds":
             return FIXTURES / "rlds_robot"
-        if name == "bair":
-            return FIXTURES / "bair"
+        if name in ("bair", "lerobot"):
+            return FIXTURES / name.replace("lerobot", "lerobot/image")
         if name in ("hdf5", "vp2", "robonet"):
             return robot_hdf5(folder, frames, name)
         if name == "video":
@@ -99,14 +99,15 @@ def test_every_format(
 ) -> None:
     folder, out = source(name), tmp_path / "out"
     words: list[str] = [] if name != "vp2" else ["--format", "vp2"]  # which looks like any HDF5 file
-    assert run("pack", folder, "--out", out, "--workers", "1", "--resize", "32", *words) == 0
+    camera = ["--camera", "observation.images.top"] if name == "lerobot" else []
+    assert run("pack", folder, "--out", out, "--workers", "1", "--resize", "32", *words, *camera) == 0
     captured = capsys.readouterr()
     assert ("read as" in captured.err) == (not words)
     if not words:
         assert f"read as {name} (" in captured.err
     assert verify_set(out) == []
     shards = ShardSet(out)
-    jobs, total = list_jobs(folder, name)
+    jobs, total = list_jobs(folder, name, make_options(name, {"camera": camera[-1]}) if camera else None)
     listed = list(jobs)
     assert len(shards) == len(listed) and total in (None, len(listed))
     for index, (_, read) in enumerate(listed):
