@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ivideogpt.data.clips import ClipSettings, ExactSampler, FixedClips, TrainingClips, collate
+from ivideogpt.data.mixture_names import PREFIX, named_mixture, temperature_weights
 from ivideogpt.data.mixtures import Mixture
 from ivideogpt.data.position import PositionDataModule, rank_and_world
 from ivideogpt.data.reader import ShardSet
@@ -24,8 +25,8 @@ class VideoDataModule(PositionDataModule):
     """Clips from shard sets.
 
     Args:
-        train: A shard set, several, or weights by shard set. A set is a folder, its manifest.json, or
-            `embedded:train` / `embedded:heldout` for the recordings inside the package.
+        train: A shard set, several, weights by shard set, or `mixture:NAME` for one of `mixtures.yaml`. A set is a
+            folder, its manifest.json, or `embedded:train` / `embedded:heldout` for the recordings inside the package.
         val: Shard set or sets for validation; None holds episodes of `train` out (`holdout_every`).
         segment_length: Frames of a clip, the context and a goal frame counted.
         context_length: Context frames of the model; only checked against `segment_length`.
@@ -49,6 +50,8 @@ class VideoDataModule(PositionDataModule):
         epoch_batches: Batches that the trainer calls an epoch; None: one pass over the training episodes.
         policy: `error` or `skip` for bad records.
         verify: Hash every shard when it is opened.
+        root: Folder in which the data sets of a named mixture lie.
+        temperature: Draw the sets of `train` in proportion to `frames ** (1 / temperature)` in place of weights.
 
     Raises:
         ValueError: Contradicting arguments, or sets that do not go together.
@@ -79,8 +82,13 @@ class VideoDataModule(PositionDataModule):
         epoch_batches: int | None = None,
         policy: str = "error",
         verify: bool = False,
+        root: str = "runs/data",
+        temperature: float | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, epoch_batches)
+        if temperature is not None and isinstance(train, Mapping):
+            raise ValueError(f"temperature {temperature} and weights were given for {list(train)}; give one of the two")
+        self.root, self.temperature = root, temperature
         if segment_length <= context_length or context_length < 1:
             raise ValueError(f"segment_length {segment_length} must exceed context_length {context_length} >= 1")
         if resolution < 1:
@@ -114,7 +122,7 @@ class VideoDataModule(PositionDataModule):
     def mixtures(self) -> tuple[Mixture, Mixture | None]:
         """The training and validation episodes; opened on first use and checked to go together."""
         if self._mixtures is None:
-            train = self._open(self.train_source)
+            train = self._open(self.train_source, self.temperature)
             val = None if self.val_source is None else self._open(self.val_source)
             if self.holdout_every is not None:
                 chosen = range(self.holdout_every - 1, len(train), self.holdout_every)
@@ -129,13 +137,19 @@ class VideoDataModule(PositionDataModule):
             self._common("has_rewards", "rewards", self.train_settings.rewards)
         return self._mixtures
 
-    def _open(self, source: str | list[str] | Mapping[str, float]) -> Mixture:
+    def _open(self, source: str | list[str] | Mapping[str, float], temperature: float | None = None) -> Mixture:
+        if isinstance(source, str) and source.startswith(PREFIX):
+            source = named_mixture(source.removeprefix(PREFIX), self.root)
         names = [source] if isinstance(source, str) else list(source)
         if not names or len(set(names)) != len(names):
             raise ValueError(f"name one or more different shard sets, got {names}")
         sets = {name: ShardSet(name, self.policy, self.verify) for name in names}
         self._skipped_at_open += sum(len(shards.skipped) for shards in sets.values())
-        return Mixture(sets, source if isinstance(source, Mapping) else None)
+        weights = source if isinstance(source, Mapping) else None
+        if temperature is not None:
+            sizes = {name: int(shards.index["frames"].sum()) for name, shards in sets.items()}
+            weights = temperature_weights(sizes, temperature)
+        return Mixture(sets, weights)
 
     def _common(self, field: str, what: str, wanted: bool) -> Any:
         """The value of a manifest field that all episodes share; None where it is not wanted."""
