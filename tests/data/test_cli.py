@@ -24,7 +24,7 @@ def test_pack_verify_info(
     )
     assert run("verify", out / "train") == 0
     assert "4 episodes: whole" in capsys.readouterr().out
-    assert run("info", out / "train") == 0
+    assert run("stats", out / "train") == 0
     assert "hammer" in capsys.readouterr().out
 
 
