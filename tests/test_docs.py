@@ -48,7 +48,7 @@ def usage() -> str:
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
     lines = []
-    for word in ("pack", "doctor", "tokenize", "stats", "show", "collect metaworld"):
+    for word in ("pack", "doctor", "tokenize", "stats", "show", "export", "collect metaworld"):
         chosen = _parser_of(parser, ["data", *word.split()])
         lines += [", ".join(action.option_strings) + " " for action in chosen._actions]
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
-COMMANDS = ("pack", "formats", "collect", "verify", "stats", "show", "doctor")
+COMMANDS = ("pack", "formats", "collect", "verify", "stats", "show", "export", "doctor")
 
 
 def add_parser(subparsers: _SubParsersAction) -> _SubParsersAction:
