@@ -55,7 +55,10 @@ class ClipSettings:
 def cut_clip(
     record: Record, settings: ClipSettings, start: int | None, rng: np.random.Generator | None
 ) -> dict[str, Tensor]:
-    """Decodes one clip: video uint8 (T, C, H, W) at the wanted resolution, actions (T, A) and rewards (T,) if any."""
+    """Decodes one clip: video uint8 (T, C, H, W) at the wanted resolution, actions (T, A) and rewards (T,) if any.
+
+    The video keeps the order of frames in memory, channels last, which is what bytes are cropped and resized fastest in.
+    """
     indices = clip_indices(
         len(record),
         settings.segment_length,
@@ -67,7 +70,7 @@ def cut_clip(
         rng=rng,
     )
     video = torch.from_numpy(record.frames(indices)).permute(0, 3, 1, 2)
-    clip = {"video": fit_uint8(video, settings.resolution).contiguous()}
+    clip = {"video": fit_uint8(video, settings.resolution)}
     for name, wanted in (("actions", settings.actions), ("rewards", settings.rewards)):
         if wanted and name in record.tensors:
             clip[name] = torch.from_numpy(gather_rows(record.tensors[name], indices, settings.goal))
@@ -206,10 +209,17 @@ class ExactSampler(DistributedSampler):
         return len(range(self.rank, self.total, self.num_replicas))
 
 
+def stack(rows: list[Tensor]) -> Tensor:
+    """torch.stack that leaves videos (T, C, H, W) in channels-last order in memory."""
+    if rows[0].ndim != 4:
+        return torch.stack(rows)
+    return torch.stack([row.permute(0, 2, 3, 1) for row in rows]).permute(0, 1, 4, 2, 3)
+
+
 def collate(clips: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks clips: video (B,T,C,H,W) uint8, actions (B,T,A), rewards (B,T), clip (B,) in training, key list of B."""
     batch: dict[str, Any] = {
-        name: torch.stack([clip[name] for clip in clips])
+        name: stack([clip[name] for clip in clips])
         for name in ("video", "actions", "rewards")
         if name in clips[0]
     }
