@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as every image library weighs grey; torchvision rounds the first
-_CACHED = 2**18  # numbers of a piece that stays in a core's second cache while it is recoloured
+_CACHED = 100_000  # numbers of a piece that stays in a core's second cache, with what is computed from it
 
 
 @dataclasses.dataclass(frozen=True)
