@@ -1,14 +1,14 @@
 """Benchmark of training data: clips a second from shards against a Dataset over compressed .npz, on so many cores.
 
-    python benchmarks/data.py [--repeats 5] [--frames 30 300] [--resolutions 64 256] [--workers 1 2] [--camera FILE.npz:KEY]
+    python benchmarks/data.py [--repeats 5] [--frames 30 300] [--resolutions 64 256] [--workers 1 2] [--camera FILE]
 
 ours   shards -> `VideoDataModule` -> batches ready for the model; the augmentation is part of the data module
-npz    what the original does: one .npz an episode, decoded as a whole for each clip; each frame is cropped and resized as
-       floats, becomes a PIL image, goes through torchvision's four functional colour operations and back; see `NpzClips`
+npz    what the original does: one .npz an episode, decoded as a whole for each clip; each frame is cropped and resized
+       as floats, becomes a PIL image, goes through torchvision's four functional colour operations and back
 
-Both sides give float32 clips in [0, 1] of the same episodes, in one process, in turn. The process and its workers may use
-as many cores as there are workers. One run is one pass of a loader from its first request to its last batch, with all
-that its workers do, so that nothing is prefetched outside of the clock; the workers are started in a pass in front.
+Both sides give float32 clips in [0, 1] of the same episodes, in one process, in turn. The process and its workers may
+use as many cores as there are workers. One run is one pass of a loader from its first request to its last batch, with
+all that its workers do, so that nothing is prefetched outside of the clock; the workers are started in a pass in front.
 """
 
 from __future__ import annotations

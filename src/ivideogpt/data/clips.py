@@ -57,7 +57,7 @@ def cut_clip(
 ) -> dict[str, Tensor]:
     """Decodes one clip: video uint8 (T, C, H, W) at the wanted resolution, actions (T, A) and rewards (T,) if any.
 
-    The video keeps the order of frames in memory, channels last, which is what bytes are cropped and resized fastest in.
+    The video keeps the frames' order in memory, channels last, in which bytes are cropped and resized fastest.
     """
     indices = clip_indices(
         len(record),
@@ -219,9 +219,7 @@ def stack(rows: list[Tensor]) -> Tensor:
 def collate(clips: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks clips: video (B,T,C,H,W) uint8, actions (B,T,A), rewards (B,T), clip (B,) in training, key list of B."""
     batch: dict[str, Any] = {
-        name: stack([clip[name] for clip in clips])
-        for name in ("video", "actions", "rewards")
-        if name in clips[0]
+        name: stack([clip[name] for clip in clips]) for name in ("video", "actions", "rewards") if name in clips[0]
     }
     if "clip" in clips[0]:
         batch["clip"] = torch.tensor([clip["clip"] for clip in clips], dtype=torch.int64)

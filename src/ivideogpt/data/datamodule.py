@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from ivideogpt.data.clips import ClipSettings, ExactSampler, FixedClips, TrainingClips, collate

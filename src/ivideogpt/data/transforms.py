@@ -106,9 +106,7 @@ def apply_draw(video: Tensor, draw: Draw, resolution: int) -> Tensor:
     return apply_draws(video[None], [draw], resolution)[0]
 
 
-def augment(
-    video: Tensor, config: Augmentation, seeds: Sequence[int | tuple[int, ...]], resolution: int
-) -> Tensor:
+def augment(video: Tensor, config: Augmentation, seeds: Sequence[int | tuple[int, ...]], resolution: int) -> Tensor:
     """Augments clips (B, T, 3, H, W), each by its seed alone, whatever the batch; float32 in [0, 1]."""
     height, width = video.shape[-2:]
     draws = [draw_augmentation(config, height, width, np.random.default_rng(seed)) for seed in seeds]
@@ -215,8 +213,8 @@ def _turn_hues(video: Tensor, turns: np.ndarray) -> None:
 def _turn_hue(video: Tensor, amount: Tensor, ahead: bool) -> None:
     """Turns the hues of (B, T, 3, H, W) by `amount` (B, 1, 1, 1) sixths of the circle, at most half of one, in place.
 
-    Largest and smallest channel stay what they are and the hue moves the third between them, until it meets one of them
-    and the next channel starts to move. For red that is, towards green, with `step` the amount times largest - smallest:
+    Largest and smallest value stay what they are. The hue moves the third between them, until it meets one of them and
+    the next channel starts to move. Red towards green is, with `step` the amount times largest - smallest,
 
         red - green + (smallest + step if blue is the largest, largest - step if blue is the smallest)
 
