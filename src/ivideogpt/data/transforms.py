@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as every image library weighs grey; torchvision rounds the first
-_CACHED = 100_000  # numbers of a piece that stays in a core's second cache, with what is computed from it
+_CACHED = 400_000  # numbers of a piece that nearly stays in a core's second cache, with what is computed from it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,56 +158,65 @@ def _recolour(video: Tensor, steps: Sequence[Sequence[tuple[str, float]]], peak:
     So do several in a row: they are one pass `own * pixel + grey * grey(pixel) + mean * mean(grey of the frame)`,
     which is made when a factor above 1 has been taken in, as only such a one can leave the range, or at a hue.
     """
-    own, grey, mean = np.ones(len(steps)), np.zeros(len(steps)), np.zeros(len(steps))
+    mixes = [_NOTHING] * len(steps)
     for turn in zip(*steps, strict=True):
-        hues = np.array([value if name == "hue" else 0.0 for name, value in turn])
-        pending = bool((own != 1).any() or grey.any() or mean.any())
-        if hues.any() and pending:
-            _mix(video, own, grey, mean, peak)
-            own, grey, mean = np.ones(len(steps)), np.zeros(len(steps)), np.zeros(len(steps))
-        _turn_hues(video, hues)
-        for clip, (name, value) in enumerate(turn):
-            if name == "brightness":
-                own[clip], grey[clip], mean[clip] = value * own[clip], value * grey[clip], value * mean[clip]
-            elif name == "contrast":
-                mean[clip] += (1 - value) * (own[clip] + grey[clip])
-                own[clip], grey[clip] = value * own[clip], value * grey[clip]
-            elif name == "saturation":
-                grey[clip] += (1 - value) * own[clip]
-                own[clip] *= value
+        hues = [value if name == "hue" else 0.0 for name, value in turn]
+        if any(hues):
+            if any(mix != _NOTHING for mix in mixes):
+                _mix(video, mixes, peak)
+                mixes = [_NOTHING] * len(steps)
+            _turn_hues(video, hues)
+        mixes = [_mix_with(mix, *step) for mix, step in zip(mixes, turn, strict=True)]
         if any(name != "hue" and value > 1 for name, value in turn):
-            _mix(video, own, grey, mean, peak)
-            own, grey, mean = np.ones(len(steps)), np.zeros(len(steps)), np.zeros(len(steps))
-    _mix(video, own / peak, grey / peak, mean / peak, 1.0)
+            _mix(video, mixes, peak)
+            mixes = [_NOTHING] * len(steps)
+    _mix(video, [(own / peak, grey / peak, mean / peak) for own, grey, mean in mixes], 1.0)
 
 
-def _mix(video: Tensor, own: np.ndarray, grey: np.ndarray, mean: np.ndarray, peak: float) -> None:
-    """`own * pixel + grey * grey(pixel) + mean * mean(grey of the frame)` in place, clamped; a factor for each clip."""
-    factors = torch.from_numpy(np.stack([own, grey, mean])).to(video.device, video.dtype).view(3, -1, 1, 1, 1, 1)
-    if grey.any() or mean.any():
+_Mix = tuple[float, float, float]  # factors of the pixel, of its grey and of its frame's mean grey
+_NOTHING: _Mix = 1.0, 0.0, 0.0
+
+
+def _mix_with(mix: _Mix, name: str, value: float) -> _Mix:
+    """The mix that has the effect of `mix` and then of a step."""
+    own, grey, mean = mix
+    if name == "brightness":
+        return value * own, value * grey, value * mean
+    if name == "contrast":
+        return value * own, value * grey, mean + (1 - value) * (own + grey)
+    if name == "saturation":
+        return value * own, grey + (1 - value) * own, mean
+    return mix  # a hue
+
+
+def _mix(video: Tensor, mixes: Sequence[_Mix], peak: float) -> None:
+    """Applies a mix for each clip in place, clamped to [0, peak]."""
+    factors = torch.tensor(mixes, dtype=video.dtype, device=video.device).view(-1, 3, 1, 1, 1, 1)
+    own, own_grey, mean_grey = factors.unbind(1)
+    if any(mix[1:] != (0, 0) for mix in mixes):
         red, green, blue = video.unbind(-3)
-        luma = (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).unsqueeze(-3)
-        average = luma.mean((-2, -1), keepdim=True) * factors[2]
-        video.mul_(factors[0]).add_(luma.mul_(factors[1]).add_(average))
+        grey = (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).unsqueeze_(-3)
+        mean = grey.mean((-2, -1), keepdim=True).mul_(mean_grey)
+        video.mul_(own).add_(grey.mul_(own_grey).add_(mean))
     else:
-        video.mul_(factors[0])
+        video.mul_(own)
     video.clamp_(0, peak)
 
 
-def _turn_hues(video: Tensor, turns: np.ndarray) -> None:
-    """Turns the hues of clips (B, T, 3, H, W) in place by `turns` (B,) fractions of the circle."""
-    rounds = math.ceil(np.abs(turns).max() * 12)  # `_turn_hue` turns by at most a twelfth
+def _turn_hues(video: Tensor, turns: Sequence[float]) -> None:
+    """Turns the hues of clips (B, T, 3, H, W) in place by fractions of the circle."""
+    rounds = math.ceil(max(map(abs, turns)) * 12)  # `_turn_hue` turns by at most a twelfth
     for ahead in (True, False):
-        chosen = np.flatnonzero(turns > 0 if ahead else turns < 0)
-        if not len(chosen):
+        chosen = [clip for clip, turn in enumerate(turns) if (turn > 0 if ahead else turn < 0)]
+        if not chosen:
             continue
-        whole = len(chosen) == len(turns)
-        part = video if whole else video[torch.from_numpy(chosen).to(video.device)]
-        amount = torch.from_numpy(6 * np.abs(turns[chosen]) / rounds).to(video.device, video.dtype)
+        sixths = [6 * abs(turns[clip]) / rounds for clip in chosen]
+        amount = torch.tensor(sixths, dtype=video.dtype, device=video.device).view(-1, 1, 1, 1)
+        part = video if len(chosen) == len(turns) else video[chosen]
         for _ in range(rounds):
-            _turn_hue(part, amount.view(-1, 1, 1, 1), ahead)
-        if not whole:
-            video[torch.from_numpy(chosen).to(video.device)] = part
+            _turn_hue(part, amount, ahead)
+        if part is not video:
+            video[chosen] = part
 
 
 def _turn_hue(video: Tensor, amount: Tensor, ahead: bool) -> None:
