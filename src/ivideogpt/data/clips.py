@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, default_collate
 
 from ivideogpt.data.codec import CorruptRecordError, Record
 from ivideogpt.data.mixtures import Mixture
@@ -210,10 +210,10 @@ class ExactSampler(DistributedSampler):
 
 
 def stack(rows: list[Tensor]) -> Tensor:
-    """torch.stack that leaves videos (T, C, H, W) in channels-last order in memory."""
+    """Stacks tensors, straight into shared memory in a worker; videos (T, C, H, W) stay channels last in memory."""
     if rows[0].ndim != 4:
-        return torch.stack(rows)
-    return torch.stack([row.permute(0, 2, 3, 1) for row in rows]).permute(0, 1, 4, 2, 3)
+        return default_collate(rows)
+    return default_collate([row.permute(0, 2, 3, 1) for row in rows]).permute(0, 1, 4, 2, 3)
 
 
 def collate(clips: list[dict[str, Any]]) -> dict[str, Any]:
