@@ -158,19 +158,21 @@ def _recolour(video: Tensor, steps: Sequence[Sequence[tuple[str, float]]], peak:
     So do several in a row: they are one pass `own * pixel + grey * grey(pixel) + mean * mean(grey of the frame)`,
     which is made when a factor above 1 has been taken in, as only such a one can leave the range, or at a hue.
     """
-    mixes = [_NOTHING] * len(steps)
+    nothing = [_NOTHING] * len(steps)
+    mixes: list[_Mix] = [(1 / peak, 0.0, 0.0)] * len(steps)
     for turn in zip(*steps, strict=True):
         hues = [value if name == "hue" else 0.0 for name, value in turn]
         if any(hues):
-            if any(mix != _NOTHING for mix in mixes):
-                _mix(video, mixes, peak)
-                mixes = [_NOTHING] * len(steps)
+            if any(mix[1:] != (0, 0) for mix in mixes):  # a mere factor may as well come after the hue
+                _mix(video, mixes)
+                mixes = nothing
             _turn_hues(video, hues)
         mixes = [_mix_with(mix, *step) for mix, step in zip(mixes, turn, strict=True)]
         if any(name != "hue" and value > 1 for name, value in turn):
-            _mix(video, mixes, peak)
-            mixes = [_NOTHING] * len(steps)
-    _mix(video, [(own / peak, grey / peak, mean / peak) for own, grey, mean in mixes], 1.0)
+            _mix(video, mixes)
+            mixes = nothing
+    if mixes != nothing:
+        _mix(video, mixes)
 
 
 _Mix = tuple[float, float, float]  # factors of the pixel, of its grey and of its frame's mean grey
@@ -189,18 +191,23 @@ def _mix_with(mix: _Mix, name: str, value: float) -> _Mix:
     return mix  # a hue
 
 
-def _mix(video: Tensor, mixes: Sequence[_Mix], peak: float) -> None:
-    """Applies a mix for each clip in place, clamped to [0, peak]."""
+def _mix(video: Tensor, mixes: Sequence[_Mix]) -> None:
+    """Applies a mix for each clip in place, clamped to [0, 1]."""
     factors = torch.tensor(mixes, dtype=video.dtype, device=video.device).view(-1, 3, 1, 1, 1, 1)
     own, own_grey, mean_grey = factors.unbind(1)
+    shift = None
     if any(mix[1:] != (0, 0) for mix in mixes):
         red, green, blue = video.unbind(-3)
-        grey = (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).unsqueeze_(-3)
-        mean = grey.mean((-2, -1), keepdim=True).mul_(mean_grey)
-        video.mul_(own).add_(grey.mul_(own_grey).add_(mean))
-    else:
+        shift = (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).unsqueeze_(-3)
+        mean = shift.mean((-2, -1), keepdim=True).mul_(mean_grey)
+        shift = shift.mul_(own_grey).add_(mean) if any(mix[1] for mix in mixes) else mean
+    if shift is None:
         video.mul_(own)
-    video.clamp_(0, peak)
+    elif len(mixes) == 1:  # one pass, where the factor is a number
+        torch.add(shift, video, alpha=mixes[0][0], out=video)
+    else:
+        video.mul_(own).add_(shift)
+    video.clamp_(0, 1)
 
 
 def _turn_hues(video: Tensor, turns: Sequence[float]) -> None:
