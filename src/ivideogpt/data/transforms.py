@@ -1,6 +1,7 @@
 """Resizing and augmentation of clips: the same draw for every frame, deterministic given a seed.
 
-Clips are float32 (T, C, H, W) in [0, 1] with C = 3 unless a function says otherwise; all work on any device.
+Clips are float32 (T, C, H, W) in [0, 1] with C = 3 unless a function says otherwise; all work on any device. The same
+draw gives what torchvision's functions give, but nothing is done that a clip does not need: see `_recolour`.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def draw_augmentation(config: Augmentation, height: int, width: int, rng: np.ran
     """Draws crop and colours for one clip of `height` x `width` pixels."""
     side = min(height, width)
     # A wide crop of nearly the whole area does not fit: draw again, else take the middle, as torchvision does.
-    tall = min(height, round(width / config.ratio[0])), min(width, round(height * config.ratio[1]))
-    crop = ((height - tall[0]) // 2, (width - tall[1]) // 2, *tall)
+    middle = min(height, round(width / config.ratio[0])), min(width, round(height * config.ratio[1]))
+    crop = ((height - middle[0]) // 2, (width - middle[1]) // 2, *middle)
     for _ in range(10):
         area = side * side * rng.uniform(*config.scale)
         ratio = math.exp(rng.uniform(math.log(config.ratio[0]), math.log(config.ratio[1])))
@@ -85,7 +86,8 @@ def apply_draws(video: Tensor, draws: Sequence[Draw], resolution: int) -> Tensor
     are always floats. On a CPU one clip after the other goes through its cache, elsewhere all of them go at once.
     """
     clips, frames, channels = video.shape[:3]
-    out = torch.empty(clips, frames, channels, resolution, resolution, device=video.device)
+    size = (clips, frames, channels, resolution, resolution)
+    out = torch.empty(size, dtype=torch.float32, device=video.device)
     for clip, draw, target in zip(video, draws, out, strict=True):
         top, left, height, width = draw.crop
         target.copy_(_resize(clip[..., top : top + height, left : left + width], resolution))
@@ -119,7 +121,7 @@ def resize(video: Tensor, resolution: int) -> Tensor:
 
 
 def _resize(video: Tensor, resolution: int) -> Tensor:
-    """The same of floats of any range, or of bytes."""
+    """`resize` of floats of any range, or of bytes."""
     if video.shape[-2:] == (resolution, resolution):
         return video
     size = (resolution, resolution)
@@ -155,8 +157,8 @@ def _recolour(video: Tensor, steps: Sequence[Sequence[tuple[str, float]]], peak:
     """Applies each clip's steps in place to (B, T, 3, H, W) in [0, peak], which leaves it in [0, 1].
 
     Brightness, contrast and saturation each mix a pixel with black, the grey of its frame's mean and its own grey.
-    So do several in a row: they are one pass `own * pixel + grey * grey(pixel) + mean * mean(grey of the frame)`,
-    which is made when a factor above 1 has been taken in, as only such a one can leave the range, or at a hue.
+    So do several in a row: they are one pass `own * pixel + grey * grey(pixel) + mean * mean(grey of the frame)`. It is
+    made at a hue, and behind a factor above 1: only such a one can leave the range, and is clamped at once.
     """
     nothing = [_NOTHING] * len(steps)
     mixes: list[_Mix] = [(1 / peak, 0.0, 0.0)] * len(steps)
