@@ -83,23 +83,22 @@ def apply_draws(video: Tensor, draws: Sequence[Draw], resolution: int) -> Tensor
     """Crops, resizes and recolours clips, each by its draw: (B, T, 3, H, W) -> float (B, T, 3, resolution, resolution).
 
     Bytes are resized as bytes, as torchvision does with such images (rounded on a GPU too), floats as floats; colours
-    are always floats. On a CPU one clip after the other goes through its cache, elsewhere all of them go at once.
+    are always floats. On a CPU a few frames after the others go through its cache, elsewhere all clips go at once.
     """
-    clips, frames, channels = video.shape[:3]
-    size = (clips, frames, channels, resolution, resolution)
-    out = torch.empty(size, dtype=torch.float32, device=video.device)
+    channels = video.shape[2]
+    out = torch.empty((*video.shape[:3], resolution, resolution), dtype=torch.float32, device=video.device)
+    peak = 1.0 if video.is_floating_point() else 255.0
+    at_once = max(_CACHED // (channels * resolution**2), 1)
     for clip, draw, target in zip(video, draws, out, strict=True):
         top, left, height, width = draw.crop
-        target.copy_(_resize(clip[..., top : top + height, left : left + width], resolution))
-    peak = 1.0 if video.is_floating_point() else 255.0
-    steps = [draw.steps for draw in draws]
+        cut = clip[..., top : top + height, left : left + width]
+        if video.device.type != "cpu":
+            target.copy_(_resize(cut, resolution))
+            continue
+        for frames, piece in zip(cut.split(at_once), target.split(at_once), strict=True):
+            _recolour(piece.copy_(_resize(frames, resolution))[None], [draw.steps], peak)
     if video.device.type != "cpu":
-        _recolour(out, steps, peak)
-        return out
-    at_once = max(_CACHED // (channels * resolution**2), 1)
-    for number in range(clips):
-        for first in range(0, frames, at_once):
-            _recolour(out[number : number + 1, first : first + at_once], steps[number : number + 1], peak)
+        _recolour(out, [draw.steps for draw in draws], peak)
     return out
 
 
