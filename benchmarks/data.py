@@ -39,7 +39,7 @@ SIDES = ("npz", "ours")
 TARGETS = {"augmented at 64 px": 5.0, "augmented at 300 frames": 10.0, "bytes of npz": 1.2, "start-up, s": 1.0}
 
 
-class NpzClips(Dataset[Tensor]):
+class NpzClips(Dataset[tuple[Tensor, Tensor]]):
     """Clips of a folder of compressed .npz (`video` (T, H, W, C) uint8) the way the original makes them."""
 
     def __init__(self, folder: Path, clips: int, segment_length: int, resolution: int, augment: bool) -> None:
@@ -154,7 +154,7 @@ def measure_case(npz: Path, shards: Path, case: dict[str, Any], args: argparse.N
         seconds = common.alternate(runs, dict.fromkeys(sides, args.repeats))
     finally:
         os.sched_setaffinity(0, allowed)
-    results = {}
+    results: dict[str, Any] = {}
     for name in SIDES:
         stats = common.summary([clips / run[0] for run in seconds[name]])
         results[name] = {"seconds": [run[0] for run in seconds[name]], "clips_per_second": stats}
