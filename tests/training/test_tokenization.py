@@ -127,7 +127,7 @@ def test_goal_stride_and_no_actions(model, tmp_path: Path) -> None:
 
 
 def test_draws_are_of_the_clip_and_are_the_training_augmentation(model, shards: Path, tmp_path: Path) -> None:
-    from ivideogpt.data.transforms import Augmentation, augment
+    from ivideogpt.data.transforms import Augmentation, augment, to_uint8
 
     make: dict[str, Any] = dict(clips_per_episode=1, draws=3, seed=5)
     tokenize_clips(model.tokenizer, [str(shards)], tmp_path / "a", 4, batch_size=18, **make)
@@ -139,8 +139,9 @@ def test_draws_are_of_the_clip_and_are_the_training_augmentation(model, shards: 
     clips = []
     for clip in map(tokens.__getitem__, range(18)):
         seed = (5, 0, clip["episode"], 0, clip["draw"], 6)
-        clips.append(augment(frames_of(shards, clip["key"], [0, 1, 2, 3])[0], Augmentation(), seed, 32))
-    expected, _ = model.tokenizer.tokenize(torch.stack(clips))
+        video = to_uint8(frames_of(shards, clip["key"], [0, 1, 2, 3]))
+        clips.append(augment(video, Augmentation(), [seed], 32))
+    expected, _ = model.tokenizer.tokenize(torch.cat(clips))
     assert torch.equal(torch.stack([tokens[i]["tokens"] for i in range(18)]), expected)
     assert not torch.equal(tokens[0]["tokens"], tokens[1]["tokens"])
     assert tokens.manifest["augmentation"]["hue"] == 0.05 and tokens.manifest["draws"] == 3

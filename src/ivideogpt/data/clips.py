@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, default_collate
 
 from ivideogpt.data.codec import CorruptRecordError, Record
 from ivideogpt.data.mixtures import Mixture
@@ -55,7 +55,10 @@ class ClipSettings:
 def cut_clip(
     record: Record, settings: ClipSettings, start: int | None, rng: np.random.Generator | None
 ) -> dict[str, Tensor]:
-    """Decodes one clip: video uint8 (T, C, H, W) at the wanted resolution, actions (T, A) and rewards (T,) if any."""
+    """Decodes one clip: video uint8 (T, C, H, W) at the wanted resolution, actions (T, A) and rewards (T,) if any.
+
+    The video keeps the frames' order in memory, channels last, in which bytes are cropped and resized fastest.
+    """
     indices = clip_indices(
         len(record),
         settings.segment_length,
@@ -67,7 +70,7 @@ def cut_clip(
         rng=rng,
     )
     video = torch.from_numpy(record.frames(indices)).permute(0, 3, 1, 2)
-    clip = {"video": fit_uint8(video, settings.resolution).contiguous()}
+    clip = {"video": fit_uint8(video, settings.resolution)}
     for name, wanted in (("actions", settings.actions), ("rewards", settings.rewards)):
         if wanted and name in record.tensors:
             clip[name] = torch.from_numpy(gather_rows(record.tensors[name], indices, settings.goal))
@@ -206,12 +209,17 @@ class ExactSampler(DistributedSampler):
         return len(range(self.rank, self.total, self.num_replicas))
 
 
+def stack(rows: list[Tensor]) -> Tensor:
+    """Stacks tensors, straight into shared memory in a worker; videos (T, C, H, W) stay channels last in memory."""
+    if rows[0].ndim != 4:
+        return default_collate(rows)
+    return default_collate([row.permute(0, 2, 3, 1) for row in rows]).permute(0, 1, 4, 2, 3)
+
+
 def collate(clips: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks clips: video (B,T,C,H,W) uint8, actions (B,T,A), rewards (B,T), clip (B,) in training, key list of B."""
     batch: dict[str, Any] = {
-        name: torch.stack([clip[name] for clip in clips])
-        for name in ("video", "actions", "rewards")
-        if name in clips[0]
+        name: stack([clip[name] for clip in clips]) for name in ("video", "actions", "rewards") if name in clips[0]
     }
     if "clip" in clips[0]:
         batch["clip"] = torch.tensor([clip["clip"] for clip in clips], dtype=torch.int64)

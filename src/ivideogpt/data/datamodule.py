@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from ivideogpt.data.clips import ClipSettings, ExactSampler, FixedClips, TrainingClips, collate
@@ -232,14 +231,10 @@ class VideoDataModule(PositionDataModule):
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int = 0) -> dict[str, Any]:
         """Turns uint8 frames into floats and augments training clips, each from (seed, clip number)."""
-        video = to_float(batch["video"])
-        if "clip" in batch:  # only training clips have a number
+        training = "clip" in batch  # only training clips have a number
+        if training:
             self.count_batch()
-            if self.augmentation is not None:
-                numbers = batch["clip"].tolist()
-                clips = [
-                    augment(clip, self.augmentation, (self.seed, number, 5), self.resolution)
-                    for clip, number in zip(video, numbers, strict=True)
-                ]
-                video = torch.stack(clips)
-        return batch | {"video": video}
+        if training and self.augmentation is not None:
+            seeds = [(self.seed, number, 5) for number in batch["clip"].tolist()]
+            return batch | {"video": augment(batch["video"], self.augmentation, seeds, self.resolution)}
+        return batch | {"video": to_float(batch["video"])}

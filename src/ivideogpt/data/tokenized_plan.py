@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ivideogpt.data.clips import ClipSettings, cut_clip
+from ivideogpt.data.clips import ClipSettings, cut_clip, stack
 from ivideogpt.data.codec import CorruptRecordError
 from ivideogpt.data.manifest import MANIFEST, file_sha256
 from ivideogpt.data.reader import ShardSet
@@ -143,13 +142,11 @@ class ClipPlan(Dataset[dict[str, Any]]):
 
     def to_pixels(self, batch: dict[str, Any]) -> Tensor:
         """Video (B, T, C, H, W) in [0, 1] of a batch of `collate_clips`, augmented, on the batch's device."""
-        video = to_float(batch["video"])
         if self.augmentation is None:
-            return video
+            return to_float(batch["video"])
         places = zip(batch["source"], batch["episode"], batch["start"], batch["draw"], strict=True)
         seeds = [(self.settings.seed, *map(int, place), 6) for place in places]
-        resolution = self.settings.resolution
-        return torch.stack([augment(v, self.augmentation, s, resolution) for v, s in zip(video, seeds, strict=True)])
+        return augment(batch["video"], self.augmentation, seeds, self.settings.resolution)
 
     def describe(self) -> dict[str, Any]:
         """The part of `tokenized.SETTINGS` that the plan decides."""
@@ -166,5 +163,5 @@ def collate_clips(clips: list[dict[str, Any]]) -> dict[str, Any]:
     batch: dict[str, Any] = {"skipped": [clip["key"] for clip in clips if "bad" in clip]}
     for name in ("video", "actions", "rewards") if good else ():
         if name in good[0]:
-            batch[name] = torch.stack([clip[name] for clip in good])
+            batch[name] = stack([clip[name] for clip in good])
     return batch | {name: [clip[name] for clip in good] for name in ("key", "source", "episode", "start", "draw")}
