@@ -17,7 +17,7 @@ def add(commands: _SubParsersAction) -> None:
         description="Writes a LeRobotDataset v3, which the lerobot package opens. Pictures are PNG in the tables, which "
         "loses nothing; --video writes H.264 files, which are smaller, and says what was lost.",
     )
-    command.add_argument("shards", help="folder of the shard set, or embedded:train|heldout")
+    command.add_argument("shards", help="a shard set, or embedded:train|heldout")
     command.add_argument("--format", choices=("lerobot",), default="lerobot", help="what to write (lerobot)")
     command.add_argument("--out", required=True, metavar="FOLDER", help="folder to make")
     command.add_argument("--video", action="store_true", help="pictures as H.264 in place of PNG")
