@@ -14,7 +14,7 @@ def add(commands: _SubParsersAction) -> None:
     command = commands.add_parser(
         "export",
         help="write a shard set as a LeRobotDataset",
-        description="Writes a LeRobotDataset v3, which the lerobot package opens. Pictures are PNG in the tables, which "
+        description="Writes a LeRobotDataset v3, which lerobot opens. Pictures are PNG in the tables, which "
         "loses nothing; --video writes H.264 files, which are smaller, and says what was lost.",
     )
     command.add_argument("shards", help="a shard set, or embedded:train|heldout")
