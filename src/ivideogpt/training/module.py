@@ -8,6 +8,7 @@ from warnings import warn
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
@@ -84,6 +85,8 @@ class TrainingModule(LightningModule):
         mesh = self._device_mesh
         if mesh is None or is_sharded(self):
             return
+        if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError("averaged weights (EMA) need whole weights on each process: use strategy=ddp")
         self.check_shardable()
         dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
         parts = [part for part in self.trained_parts() if any(p.requires_grad for p in part.parameters())]
