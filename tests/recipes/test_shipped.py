@@ -13,16 +13,17 @@ from ivideogpt import recipes
 from ivideogpt.cli import lightning_main
 from ivideogpt.config import WorldModelConfig
 from ivideogpt.recipes.reading import dump_yaml, parse_yaml, resolve
+from ivideogpt.recipes.results import load_tokenizer
 from ivideogpt.training.tokenization import tokenize_clips
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-EMBEDDED = {"debug", "demo", "grpo", "metaworld_nano", "tokens"}
+EMBEDDED = {"adapt", "debug", "demo", "grpo", "metaworld_nano", "tokens"}
 """Recipes that must run with nothing but the package: no perceptual network."""
 
 
 def test_all_recipes_are_found() -> None:
-    assert len(NAMES) == 16
+    assert len(NAMES) == 17
     assert set(NAMES) >= EMBEDDED
     assert recipes.recipes_folder() == FOLDER
 
@@ -54,6 +55,9 @@ def test_recipe_is_built(name: str, shards: dict[str, str], tmp_path: Path) -> N
             words += _at_nano_size(stage, content)
     output = recipes.run(name, words)
     assert output is not None
+    if list(recipe["stages"]) == ["tokenizer"]:
+        assert load_tokenizer(output / "tokenizer").config == start.tokenizer.config
+        return
     model = ivideogpt.from_pretrained(output / "model")
     assert model.config.action_dim == (None if "action_free" in name or "oxe" in name else 4)
 
