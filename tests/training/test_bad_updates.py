@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from ivideogpt.models.discriminator import PatchDiscriminator
 from ivideogpt.training import TokenizerModule, TransformerModule
 from ivideogpt.training.callbacks import Throughput
+from ivideogpt.training.checkpoints import Checkpoints
 from ivideogpt.training.logs import MetricsCSV
 from ivideogpt.training.module import NonFiniteLossError
 
@@ -99,3 +101,17 @@ def test_norm_rate_and_speed_are_logged(tiny_world_model, data, trainer, tmp_pat
     assert fit.logged_metrics["train/tokens_per_second"] > 0
     text = (tmp_path / "metrics.csv").read_text()
     assert "train/gradient_norm" in text.splitlines()[0]
+
+
+@pytest.mark.filterwarnings("ignore:train/loss is")
+@pytest.mark.parametrize("fails", [False, True])
+def test_sigterm_is_the_callers_again_after_a_training(fails: bool, tiny_world_model, data, trainer) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    module = module_of(tiny_world_model(action_dim=3, reward=True), loss_limit=1e-6 if fails else None)
+    fit = trainer(max_steps=1, callbacks=[Checkpoints()], enable_checkpointing=True)
+    if fails:
+        with pytest.raises(NonFiniteLossError):
+            fit.fit(module, datamodule=data())
+    else:
+        fit.fit(module, datamodule=data())
+    assert signal.getsignal(signal.SIGTERM) == before

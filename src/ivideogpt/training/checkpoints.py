@@ -137,6 +137,13 @@ class Checkpoints(Checkpoint):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stops listening."""
+        self._stop_listening()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stops listening: after an error the trainer tears nothing down."""
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
             self._handler = None
