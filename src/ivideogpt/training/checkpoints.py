@@ -129,12 +129,6 @@ class Checkpoints(Checkpoint):
         self._asked = False
         self._handler: Any = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listens for SIGTERM in place of Lightning, whose own way ends without saving."""
-        self._asked = False
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, self._note)
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stops listening."""
         self._stop_listening()
@@ -152,8 +146,14 @@ class Checkpoints(Checkpoint):
         self._asked = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes what a resumed run has already saved."""
-        self._last = trainer.global_step
+        """Notes what a resumed run has already saved, and listens for SIGTERM.
+
+        It does so in place of Lightning, whose handler ends without saving and talks to the other processes from
+        inside of it. Lightning's own is in place by now, and gone when this one gives way to it at the end.
+        """
+        self._last, self._asked = trainer.global_step, False
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._note)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Notes the update, to tell a batch that ends one from a batch whose gradients are only accumulated."""
