@@ -129,12 +129,8 @@ class Checkpoints(Checkpoint):
         self._asked = False
         self._handler: Any = None
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stops listening."""
-        self._stop_listening()
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stops listening: after an error the trainer tears nothing down."""
+        """Stops listening: there is no end of the training."""
         self._stop_listening()
 
     def _stop_listening(self) -> None:
@@ -178,8 +174,9 @@ class Checkpoints(Checkpoint):
             self._end_if_asked(trainer)  # processes may have other numbers of batches: they wait for its end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the final state."""
+        """Saves the final state, and stops listening."""
         self._save(trainer)
+        self._stop_listening()  # before Lightning puts back what it found: after that it would undo it
 
     def _end_if_asked(self, trainer: Trainer) -> None:
         asked = self._asked
