@@ -175,7 +175,10 @@ class Encoded:
             frame = self.unpack(blocks[0], 0)
             first = zstandard.ZstdCompressionDict(frame, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
             reader, blocks = zstandard.ZstdDecompressor(dict_data=first), blocks[1:]
-            unpack = lambda data, size: reader.decompress(data)  # noqa: E731
+
+            def unpack(data: bytes, size: int) -> bytes:
+                return reader.decompress(data)
+
         out = np.empty((length, *self.shape[1:]), np.uint8)
         for number in range(start // candidate.block, (start + length - 1) // candidate.block + 1):
             begin = number * candidate.block

@@ -124,12 +124,11 @@ def test_options_of_a_format(run: Callable[..., int], source: Callable[[str], Pa
     words = ["--format", "vp2", "--split", "train", "--no-next-frame", "--fps", "12.5", "--licence", "MIT"]
     assert run("pack", folder, "--out", tmp_path / "out", "--workers", "1", *words) == 0
     shards = ShardSet(tmp_path / "out")
-    assert [shards.key(index) for index in range(len(shards))] == ["demos_demo_0", "demos_demo_2"] or len(shards) == 2
+    assert len(shards) == 2
     assert shards.index["fps"][0] == 12.5
     assert shards.manifest["licences"] == ["MIT"]
-    assert (
-        "--split train --no-next-frame" in shards.manifest["command"] or "--split train" in shards.manifest["command"]
-    )
+    for option in ("--format vp2", "--split train", "--no-next-frame", "--fps 12.5", "--licence MIT"):
+        assert option in shards.manifest["command"]
 
 
 def test_every_option_is_described(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +138,7 @@ def test_every_option_is_described(run: Callable[..., int], capsys: pytest.Captu
     for option, names in option_fields().items():
         assert f"--{option.replace('_', '-')}" in text
         assert names
-    assert "Only the episodes that the filter key" in text or "The one split to read" in text
+    assert "The one split to read" in text
     fields = {field.name for form in FORMATS.values() for field in dataclasses.fields(form.options_class())}
     assert fields - set(option_fields()) == {"preferred"}
 

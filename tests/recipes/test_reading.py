@@ -86,6 +86,10 @@ def test_overrides_of_defaults_reach_every_stage_and_null_drops_a_stage() -> Non
     resolved = resolve(recipe, ["defaults.trainer.devices=2", "stages.tokenizer=null"])
     assert list(resolved["stages"]) == ["transformer"]
     assert resolved["stages"]["transformer"]["trainer"]["devices"] == 2
+    assert resolve(recipe, ["trainer.devices=2", "stages.tokenizer=null"]) == resolved
+    stage = {**RECIPE["stages"]["tokenizer"]}
+    named = resolve({**RECIPE, "stages": {"data": stage}}, ["data.trainer.max_steps=3"])  # a stage of that name
+    assert named["stages"]["data"]["trainer"]["max_steps"] == 3
 
 
 def test_a_resolved_recipe_reads_back_as_the_same() -> None:

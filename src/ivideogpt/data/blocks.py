@@ -13,6 +13,7 @@ A damaged block is noticed: zlib and zstd carry checksums of what they hold, beh
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import io
 import math
@@ -34,7 +35,7 @@ class CorruptRecordError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Codec:
+class Codec(abc.ABC):
     """A way to store blocks of frames.
 
     Args:
@@ -49,10 +50,11 @@ class Codec:
     ratio: int
     lossless: bool = True
 
+    @abc.abstractmethod
     def encode(self, block: np.ndarray) -> bytes:
         """Bytes of frames (T, H, W, C) uint8; T is at most `block_length`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, data: bytes, shape: Sequence[int], targets: Mapping[int, np.ndarray]) -> None:
         """Fills frames (H, W, C) uint8 with those of a block, by their number in it.
 
@@ -64,7 +66,6 @@ class Codec:
         Raises:
             CorruptRecordError: The bytes are not a block of that shape.
         """
-        raise NotImplementedError
 
 
 class _Deltas(Codec):
@@ -89,11 +90,13 @@ class _Deltas(Codec):
             if number or target is not scratch:
                 frame = target
 
+    @abc.abstractmethod
     def _compress(self, data: np.ndarray) -> bytes:
-        raise NotImplementedError
+        """Bytes of an array of bytes."""
 
+    @abc.abstractmethod
     def _decompress(self, data: bytes, size: int) -> bytes:
-        raise NotImplementedError
+        """The `size` bytes that were compressed."""
 
 
 class _Contexts(threading.local):

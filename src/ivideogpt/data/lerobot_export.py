@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import numpy as np
 from ivideogpt.data.blocks import psnr
 from ivideogpt.data.episode import Episode
 from ivideogpt.data.reader import ShardSet
+from ivideogpt.data.sources.frames import pyav
+from ivideogpt.data.sources.lerobot import parquet_module
 from ivideogpt.drawing import png_bytes
 
 VERSION = "v3.0"
@@ -69,12 +72,7 @@ def export_lerobot(
         ValueError: The folder is there, or the episodes do not agree.
         OSError: It cannot be written; nothing is left then.
     """
-    try:
-        import pyarrow as _  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"LeRobotDatasets need pyarrow ({error}); install it with: pip install 'ivideogpt[lerobot]'"
-        ) from error
+    parquet_module()
     if out.exists():
         raise ValueError(f"{out} is there already; give another folder")
     aside = out.with_name(f".{out.name}.{os.getpid()}.partial")
@@ -246,24 +244,14 @@ class _VideoFile:
     """An H.264 file that episodes are appended to; it is decoded again at the end to see what was lost."""
 
     def __init__(self, path: Path, fps: float) -> None:
-        try:
-            import av
-        except ImportError as error:
-            raise ImportError(
-                f"writing videos needs PyAV ({error}); install it with: pip install 'ivideogpt[lerobot]'"
-            ) from error
-        from fractions import Fraction
-
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.count = path, 0
-        self._av, self._kept = av, list[np.ndarray]()
-        self._container = av.open(str(path), "w", format="mp4")
+        self._av, self._kept = pyav("writing", "lerobot"), list[np.ndarray]()
+        self._container = self._av.open(str(path), "w", format="mp4")
         self._stream = self._container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
         self._stream.pix_fmt = "yuv444p"  # colours at full resolution
-        self._stream.options = {
-            "crf": CRF,
-            "g": "2",
-        }  # key frames close together, as lerobot does: clips are cut anywhere
+        # key frames close together, as lerobot does: clips are cut anywhere
+        self._stream.options = {"crf": CRF, "g": "2"}
 
     def add(self, video: np.ndarray) -> int:
         """Appends frames (T, H, W, 3); the number of the first."""

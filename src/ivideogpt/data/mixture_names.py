@@ -24,7 +24,7 @@ def mixture_table() -> dict[str, dict[str, float]]:
     for name, parts in yaml.safe_load(Path(__file__).with_name("mixtures.yaml").read_text(encoding="utf-8")).items():
         shares: dict[str, float] = {}
         for part, share in parts.items():
-            inside = table.get(part, {part: 1.0}) if part != name else {part: 1.0}
+            inside = table.get(part, {part: 1.0})  # a mixture from above, or a data set
             shares |= {data_set: share * weight for data_set, weight in inside.items()}
         table[name] = _scaled(shares)
     return table

@@ -127,6 +127,11 @@ def resolve(recipe: Node, overrides: Sequence[str] = ()) -> Node:
     """
     parsed = [_parse_override(text) for text in overrides]
     recipe = copy.deepcopy(recipe)
+    stages = recipe.get("stages") or {}
+    parsed = [  # `trainer.devices=8` is said of every stage
+        (("defaults", *path) if path[0] in STAGE_KEYS and path[0] not in stages else path, value)
+        for path, value in parsed
+    ]
     for path, value in parsed:
         if path[0] == "defaults":
             _assign(recipe, path, value)

@@ -74,7 +74,7 @@ def run(
     Args:
         path_or_name: a YAML file, or the name of a recipe of the package.
         overrides: ``key=value``, dotted; they replace any value, such as ``stages.tokenizer.trainer.max_steps=100``.
-            ``stages.`` and ``init_args`` may be left out.
+            ``stages.`` and ``init_args`` may be left out; ``trainer.devices=8`` is ``defaults.trainer.devices=8``.
         trust: allow classes from anywhere, which can run any code.
         print_config: print the resolved recipe and do nothing.
 

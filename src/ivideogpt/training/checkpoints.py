@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from ivideogpt.training.sharding import read_sharded_checkpoint, remove_checkpoint
+from ivideogpt.training.sharding import read_sharded_checkpoint, remove_checkpoint, sync
 
 PATTERN = re.compile(r"update-(\d+)\.ckpt")
 
@@ -45,7 +45,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, target)
-            _sync_folder(target.parent)
+            sync(target.parent)
         except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
             partial.unlink(missing_ok=True)
             raise OSError(f"cannot write the checkpoint {target}: {error}. Earlier checkpoints are whole") from error
@@ -58,14 +58,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Loads ``path``; no pickled code is ever run."""
         return torch.load(path, map_location=map_location, weights_only=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checkpoint_files(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:

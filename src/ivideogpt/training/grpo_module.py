@@ -214,9 +214,10 @@ class GRPOModule(TransformerModule):
             terms["loss"] = terms["loss"] + self.kl_weight * terms["kl"]
         return terms
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Samples groups, judges them, and makes ``inner_updates`` updates on them."""
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
         imagined = self.futures(batch, self.group_size)
         judged = self.judge(imagined, batch)
         groups = judged["reward"].unflatten(0, (-1, self.group_size))  # (B, G)
@@ -232,11 +233,11 @@ class GRPOModule(TransformerModule):
             old = new.detach() if old is None else old
             terms = self.policy_losses(new, old, start, advantages)
             self.check_finite(terms["loss"], batch)
-            optimizer.zero_grad()  # type: ignore[union-attr]
+            optimizer.zero_grad()
             self.manual_backward(terms["loss"])
-            self.configure_gradient_clipping(optimizer.optimizer)  # type: ignore[union-attr]
-            optimizer.step()  # type: ignore[union-attr]
-            schedule.step()  # type: ignore[union-attr]
+            self.configure_gradient_clipping(optimizer.optimizer)
+            optimizer.step()
+            schedule.step()
         logs = {name: value.mean() for name, value in judged.items()} | {"reward_spread": spread.mean()}
         logs |= {name: value.detach() for name, value in terms.items() if name != "loss"}
         self.log_dict({f"train/{name}": value for name, value in logs.items()})

@@ -18,7 +18,7 @@ from ivideogpt.training.sharding import gather, is_sharded, scatter, shard
 
 
 class NonFiniteLossError(ValueError):
-    """A training loss is NaN or infinite."""
+    """A training loss is NaN, infinite or above its limit."""
 
 
 class TrainingModule(LightningModule):
@@ -158,8 +158,8 @@ class TrainingModule(LightningModule):
             NonFiniteLossError: after ``max_bad_updates`` such updates in a row, naming the update and the clips.
         """
         limit = float("inf") if self.loss_limit is None else self.loss_limit
-        here = not bool(loss.detach() <= limit)  # NaN compares as False
-        bad = here or not bool(torch.isfinite(loss.detach()))
+        value = loss.detach()
+        bad = not bool(torch.isfinite(value) & (value <= limit))
         if self.trainer.world_size > 1:
             bad = bool(self.trainer.strategy.reduce_boolean_decision(bad, all=False))
         if not bad:

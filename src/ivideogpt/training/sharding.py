@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-SHARDED_FILES = (".metadata", "meta.pt")
-"""What a sharded checkpoint holds beside its shards: torch's table of tensors, and Lightning's plain data."""
+PLAIN = "meta.pt"
+"""Lightning's plain data in a sharded checkpoint, beside the shards and torch's table of them."""
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -77,15 +77,17 @@ class FullyShardedStrategy(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, partial, storage_options)
         except Exception as caught:  # torch wraps what failed on any process in errors of its own
             error = caught
-        self.barrier()
-        if error is not None:
+        if self.reduce_boolean_decision(error is not None, all=False):  # a file that one process alone writes may fail
             if self.is_global_zero:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(f"cannot write the checkpoint {target}: {error}. Earlier checkpoints are whole") from error
+            what = error or "another process could not write its part"
+            raise OSError(f"cannot write the checkpoint {target}: {what}. Earlier checkpoints are whole") from error
         if self.is_global_zero:
-            _sync_files(partial)
+            for path in [*partial.iterdir(), partial]:
+                sync(path)
             remove_checkpoint(target)
             os.replace(partial, target)
+            sync(target.parent)
         self.barrier()
 
 
@@ -146,11 +148,6 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def is_sharded_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is the folder of a sharded checkpoint."""
-    return all((path / name).is_file() for name in SHARDED_FILES)
-
-
 def read_sharded_checkpoint(path: Path, tensors: bool = True) -> dict[str, Any]:
     """The content of a sharded checkpoint as one that a single process would have written.
 
@@ -166,7 +163,7 @@ def read_sharded_checkpoint(path: Path, tensors: bool = True) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     try:
-        plain: dict[str, Any] = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
+        plain: dict[str, Any] = torch.load(path / PLAIN, map_location="cpu", weights_only=True)
         table = FileSystemReader(path).read_metadata()
         for info in (table.storage_data or {}).values():
             shard_file = path / info.relative_path
@@ -189,10 +186,10 @@ def remove_checkpoint(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync_files(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -197,7 +197,7 @@ class TransformerModule(TrainingModule):
             terms["loss"] = terms["loss"] + self.reward_weight * terms["reward_loss"]
         return terms
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """One update."""
         terms = self.losses(self.predict_clip(batch), batch)
         self.check_finite(terms["loss"], batch)

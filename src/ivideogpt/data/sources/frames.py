@@ -115,6 +115,21 @@ def stack_frames(frames: Iterable[np.ndarray], name: str) -> np.ndarray:
     return np.stack(taken)
 
 
+def pyav(doing: str, extra: str = "video") -> Any:
+    """The module PyAV.
+
+    Raises:
+        ImportError: It is not installed; the message says what for and names the extra.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(
+            f"{doing} videos needs PyAV ({error}); install it with: pip install 'ivideogpt[{extra}]'"
+        ) from error
+    return av
+
+
 def decode_video(file: str | Path | io.BytesIO, name: str) -> tuple[np.ndarray, float | None]:
     """A video file -> uint8 frames (T, H, W, 3), RGB, and its frames a second where it says so.
 
@@ -125,12 +140,7 @@ def decode_video(file: str | Path | io.BytesIO, name: str) -> tuple[np.ndarray, 
         ImportError: PyAV is not installed.
         ValueError: It does not decode, or not as far as it says; the message holds the name.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(
-            f"reading videos needs PyAV ({error}); install it with: pip install 'ivideogpt[video]'"
-        ) from error
+    av = pyav("reading")
     end: list[float] = [0.0]
 
     def decoded(container: Any) -> Iterable[np.ndarray]:

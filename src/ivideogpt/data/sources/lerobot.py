@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ivideogpt.data.episode import Episode
-from ivideogpt.data.sources.frames import Job, decode_image, failing, stack_frames
+from ivideogpt.data.sources.frames import Job, decode_image, failing, pyav, stack_frames
 from ivideogpt.data.sources.npz import NpzOptions, episode_from_arrays
 
 EPISODES = "meta/episodes"
@@ -165,7 +165,7 @@ def lerobot_jobs(source: str | Path, options: LerobotOptions | None = None) -> l
 
 def _episode_rows(info: Info, camera: str | None) -> Iterator[dict[str, Any]]:
     """A row of the tables of episodes at a time, without their statistics."""
-    parquet = _parquet()
+    parquet = parquet_module()
     wanted = ["episode_index", "tasks", "length", "data/chunk_index", "data/file_index"]
     if camera is not None:
         wanted += [f"videos/{camera}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
@@ -210,7 +210,7 @@ def read_episode(
     columns = plain if video is not None else [*plain, camera]
     try:
         found = (
-            _parquet()
+            parquet_module()
             .read_table(table, columns=[*columns, "frame_index"], filters=[("episode_index", "=", number)])
             .sort_by("frame_index")
         )
@@ -254,12 +254,7 @@ def decode_part(path: Path, start: float, length: int, fps: float) -> np.ndarray
         ImportError: PyAV is not installed.
         ValueError: They are not there, or do not decode; the message names the file.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(
-            f"reading videos needs PyAV ({error}); install it with: pip install 'ivideogpt[lerobot]'"
-        ) from error
+    av = pyav("reading", "lerobot")
 
     def decoded(container: Any) -> Iterator[np.ndarray]:
         stream, left = container.streams.video[0], length
@@ -285,7 +280,12 @@ def decode_part(path: Path, start: float, length: int, fps: float) -> np.ndarray
     return frames
 
 
-def _parquet() -> Any:
+def parquet_module() -> Any:
+    """The module pyarrow.parquet.
+
+    Raises:
+        ImportError: It is not installed; the message names the extra.
+    """
     try:
         from pyarrow import parquet
     except ImportError as error:
