@@ -3,7 +3,8 @@
     lightning run recipes/grpo.yaml
     python benchmarks/grpo.py --after runs/grpo/model [--samples 4]
 
-No times here. Both models imagine the same clips with generators of the same seeds; the interval is a bootstrap over clips.
+No times here. Both models imagine the same clips with generators of the same seeds; the interval is a bootstrap over
+clips.
 """
 
 from __future__ import annotations
