@@ -7,7 +7,7 @@ limit, the files that were used least recently go.
     SHA256          a whole file
     SHA256.lock     held by the process that fetches it
     SHA256.partial  what it has so far, already as long as it will be
-    room.lock       held while room is made
+    room.lock       held while room is made, or a file gets its name
 """
 
 from __future__ import annotations
@@ -122,9 +122,13 @@ class FileCache:
         try:
             self._make_room(url, size, aside)
             _insisting(url, lambda: _copy(url, aside, size, sha256), attempts)
-            os.replace(aside, path)
+            with self._alone():  # who adds up what is there shall not miss both names
+                os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        return locked(self.folder / "room.lock")
 
     def _make_room(self, url: str, size: int, aside: Path) -> None:
         """Removes files until one more of `size` fits, and takes its place."""
@@ -132,7 +136,7 @@ class FileCache:
             raise RemoteError(
                 f"{url} has {size:,} bytes and the cache in {self.folder} may have {self.limit:,.0f}: raise its limit"
             )
-        with locked(self.folder / "room.lock"):
+        with self._alone():
             aside.unlink(missing_ok=True)
             found = []
             for entry in os.scandir(self.folder):
