@@ -30,7 +30,7 @@ class ClipSettings:
     """How a clip is cut out of an episode; see `segments.clip_indices`.
 
     `stride=None` takes the stride that brings each episode to `target_rate` Hz. `strides` holds (pattern, stride) of
-    sources that have one of their own.
+    sources that have one of their own. With an `action_width` actions are padded to it, zeros where there are none.
     """
 
     segment_length: int
@@ -43,6 +43,7 @@ class ClipSettings:
     actions: bool = True
     rewards: bool = True
     strides: tuple[tuple[str, int | None], ...] = ()
+    action_width: int | None = None
 
     def __post_init__(self) -> None:
         for stride in (self.stride, *(stride for _, stride in self.strides)):
@@ -88,6 +89,11 @@ def cut_clip(
     for name, wanted in (("actions", settings.actions), ("rewards", settings.rewards)):
         if wanted and name in record.tensors:
             clip[name] = torch.from_numpy(gather_rows(record.tensors[name], indices, settings.goal))
+    if settings.action_width is not None:
+        padded = torch.zeros(len(indices), settings.action_width)
+        if "actions" in clip:
+            padded[:, : clip["actions"].shape[1]] = clip["actions"]
+        clip["actions"] = padded
     return clip
 
 
@@ -111,7 +117,10 @@ class _Clips(Dataset[dict[str, Any]]):
         record = shards.record(index)
         if record is not None:
             try:
-                return {"key": shards.key(index)} | cut_clip(record, self.settings, start, rng(), crop)
+                named = {"key": shards.key(index)}
+                if self.settings.action_width is not None:  # whose actions are these?
+                    named["source"] = shards.source(index)
+                return named | cut_clip(record, self.settings, start, rng(), crop)
             except CorruptRecordError as error:
                 shards.bad(index, error)
         self.skips += 1
@@ -260,4 +269,7 @@ def collate(clips: list[dict[str, Any]]) -> dict[str, Any]:
     }
     if "clip" in clips[0]:
         batch["clip"] = torch.tensor([clip["clip"] for clip in clips], dtype=torch.int64)
-    return batch | {"key": [clip["key"] for clip in clips]}
+    for name in ("key", "source"):
+        if name in clips[0]:
+            batch[name] = [clip[name] for clip in clips]
+    return batch

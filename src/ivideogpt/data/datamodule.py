@@ -7,9 +7,11 @@ Frames travel as uint8 and become floats, training clips also augmented, in `on_
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader
 
 from ivideogpt.data.choices import check_names
@@ -19,6 +21,7 @@ from ivideogpt.data.mixture_names import PREFIX, named_mixture, temperature_weig
 from ivideogpt.data.mixtures import DEFAULT_WINDOW, Mixture, of_cameras, recordings_of
 from ivideogpt.data.position import PositionDataModule, rank_and_world
 from ivideogpt.data.reader import ShardSet
+from ivideogpt.data.statistics import action_statistics
 from ivideogpt.data.transforms import Augmentation, augment, to_float
 
 
@@ -55,6 +58,8 @@ class VideoDataModule(PositionDataModule):
         root: Folder in which the data sets of a named mixture lie.
         temperature: Draw the sets of `train` in proportion to `frames ** (1 / temperature)` in place of weights.
         camera: Use the episodes of this camera only; by source, of those that are named.
+        pad_actions: Let widths of actions differ: pad them with zeros to the widest and deliver `source`, a list of the
+            clips' sources. For a transformer with several action spaces.
         window_shards: Shards of a set behind a URL whose episodes are mixed; as many are fetched ahead.
         cache: Folder in which files from behind URLs are kept; None: `$IVIDEOGPT_CACHE`, else `~/.cache/ivideogpt`.
         cache_gigabytes: What it may hold, in 10^9 bytes.
@@ -91,6 +96,7 @@ class VideoDataModule(PositionDataModule):
         root: str = "runs/data",
         temperature: float | None = None,
         camera: str | dict[str, str] | None = None,
+        pad_actions: bool = False,
         window_shards: int = DEFAULT_WINDOW,
         cache: str | None = None,
         cache_gigabytes: float = DEFAULT_LIMIT / 1e9,
@@ -102,6 +108,7 @@ class VideoDataModule(PositionDataModule):
         if window_shards < 1:
             raise ValueError(f"window_shards must be at least 1, got {window_shards}")
         self.window_shards, self.cache = window_shards, FileCache(cache, cache_gigabytes * 1e9)
+        self.pad_actions = pad_actions
         self.camera: dict[str, str] = {"*": camera} if isinstance(camera, str) else dict(camera or {})
         if segment_length <= context_length or context_length < 1:
             raise ValueError(f"segment_length {segment_length} must exceed context_length {context_length} >= 1")
@@ -146,7 +153,13 @@ class VideoDataModule(PositionDataModule):
             if self.holdout_every is not None:
                 train, val = self._held_out(train, self.holdout_every)
             self._mixtures = train, val
-            self._common("action_dim", "actions", self.train_settings.actions)
+            if self.pad_actions:
+                self.train_settings, self.val_settings = (
+                    dataclasses.replace(settings, action_width=self.action_dim or 1)
+                    for settings in (self.train_settings, self.val_settings)
+                )
+            else:
+                self._common("action_dim", "actions", self.train_settings.actions)
             self._common("has_rewards", "rewards", self.train_settings.rewards)
         return self._mixtures
 
@@ -200,8 +213,33 @@ class VideoDataModule(PositionDataModule):
     @property
     def action_dim(self) -> int | None:
         """Width of the actions delivered; None without actions."""
+        if self.pad_actions:
+            return max((dim for dim in self.action_dims.values() if dim is not None), default=None)
         self.mixtures()
         return self._common("action_dim", "actions", self.train_settings.actions)
+
+    @property
+    def action_dims(self) -> dict[str, int | None]:
+        """Width of the actions of each source.
+
+        Raises:
+            ValueError: Those of one source differ.
+        """
+        found: dict[str, int | None] = {}
+        for mixture in self.mixtures():
+            for shards in mixture.sets.values() if mixture is not None else ():
+                columns = np.stack([shards.index["source"], shards.index["action_dim"]])
+                for source, width in np.unique(columns, axis=1).T.tolist():
+                    name = shards.index.sources[source]
+                    if found.setdefault(name, width or None) != (width or None):
+                        raise ValueError(f"the episodes of {name} have actions of the widths {found[name]} and {width}")
+        return found
+
+    def action_statistics(self, source: str = "*") -> dict[str, list[float]]:
+        """Mean and standard deviation of the training sets' actions; see `statistics.action_statistics`."""
+        train = self.mixtures()[0]
+        manifests = {name: shards.manifest for name, shards in train.sets.items()}
+        return action_statistics(manifests, train.weights, source)
 
     @property
     def has_rewards(self) -> bool:
