@@ -34,7 +34,7 @@ def test_the_same_clips_have_no_distance_and_others_have_one(tmp_path: Path) -> 
     real = write_set(tmp_path / "real", 0)
     same = class_distance(real, write_set(tmp_path / "same", 0), network, frames=5, size=24)
     other = class_distance(real, write_set(tmp_path / "other", 5000), network, frames=5, size=24)
-    assert same.distance == pytest.approx(0, abs=1e-9) < other.distance
+    assert same.distance < 1e-9 < 1e-3 < other.distance
     assert same.real == same.generated == {"Archery": 6, "Bowling": 6}
     assert same.label == network.label and "not FVD" in same.label
     assert any("12 real videos are too few" in note for note in same.notes)

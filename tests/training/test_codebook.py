@@ -1,4 +1,4 @@
-"""Tests of the codebook restart and the usage measure."""
+"""Tests of the codebook restart."""
 
 from __future__ import annotations
 

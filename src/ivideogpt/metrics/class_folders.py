@@ -67,7 +67,8 @@ def class_distance(
         device: where the network runs.
 
     Raises:
-        ValueError: if the classes differ, a clip is too short, of another size or does not decode, or there are too few.
+        ValueError: if the classes differ, a clip is too short, of another size or does not decode, or there are too
+            few.
     """
     found = {True: _clips(Path(real)), False: _clips(Path(generated))}
     counts = {whose: Counter(name for name, _ in clips) for whose, clips in found.items()}
@@ -106,8 +107,8 @@ def _clips(folder: Path) -> list[tuple[str, Path]]:
     clips = [(path.name, clip) for path in classes for clip in find_videos(path)]
     if not clips:
         raise ValueError(
-            f"{folder} holds no clips: it must hold a folder for each class, with a video or a folder of images for each "
-            "clip"
+            f"{folder} holds no clips: it must hold a folder for each class, with a video or a folder of images for "
+            "each clip"
         )
     return clips
 
@@ -120,8 +121,8 @@ def _batches(clips: list[Path], frames: int, size: int) -> Iterator[Tensor]:
             video = torch.from_numpy(read_video(path).video)  # (T, H, W, C)
             if len(video) < frames or tuple(video.shape[1:]) != (size, size, 3):
                 raise ValueError(
-                    f"{path} has {len(video)} frames of {video.shape[1]} x {video.shape[2]} pixels; the clips must have "
-                    f"{frames} frames or more of {size} x {size}: cut and resize them before"
+                    f"{path} has {len(video)} frames of {video.shape[1]} x {video.shape[2]} pixels; the clips must "
+                    f"have {frames} frames or more of {size} x {size}: cut and resize them before"
                 )
             batch.append(video[:frames].permute(0, 3, 1, 2))
         yield torch.stack(batch)

@@ -32,8 +32,8 @@ def _samples(prediction: Tensor, truth: Tensor, videos: Tensor, num_videos: int)
     """
     if truth.ndim != 5 or prediction.ndim != 5 or prediction.shape[1:] != truth.shape[1:]:
         raise ValueError(
-            "the truth must be (B, F, C, H, W) and the prediction (B*S, F, C, H, W), the samples of a clip side by side, "
-            f"got {tuple(truth.shape)} and {tuple(prediction.shape)}"
+            "the truth must be (B, F, C, H, W) and the prediction (B*S, F, C, H, W), the samples of a clip side by "
+            f"side, got {tuple(truth.shape)} and {tuple(prediction.shape)}"
         )
     if not len(truth) or not len(prediction) or len(prediction) % len(truth):
         raise ValueError(f"{len(prediction)} predictions are no multiple of {len(truth)} clips")
