@@ -128,8 +128,14 @@ def test_bad_frames(weights: dict[str, tuple[Path, str]]) -> None:
         ours(frames[:, :1], frames[:, :1])
     with pytest.raises(ValueError, match=r"torch\.uint8"):
         ours((frames * 255).byte(), frames)
-    with pytest.raises(ValueError, match="at least 31 pixels"):
-        ours(frames[..., :30], frames[..., :30])
+
+
+@pytest.mark.parametrize(("network", "smallest"), [("vgg", 16), ("alex", 31)])
+def test_smallest_frames(network: str, smallest: int, weights: dict[str, tuple[Path, str]]) -> None:
+    ours, frames = LPIPS(network, *weights[network]), torch.rand(2, 3, smallest, smallest)
+    assert bool(torch.isfinite(ours(frames, frames.flip(0))).all())
+    with pytest.raises(ValueError, match=f"at least {smallest} pixels"):
+        ours(frames[..., 1:], frames[..., 1:])
 
 
 def test_unreachable_weights_give_one_error_that_names_the_option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import warnings
@@ -17,8 +18,10 @@ from ivideogpt.metrics.networks import (
     FeatureNetwork,
     Missing,
     RandomFeatures,
+    Weights,
     fetch_weights,
     find_feature_network,
+    find_weights,
     random_network,
 )
 
@@ -110,6 +113,14 @@ def test_a_file_that_is_no_torchscript(tmp_path: Path) -> None:
         find_feature_network("i3d", path, hashlib.sha256(b"no network").hexdigest())
 
 
+def test_a_file_that_is_far_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "huge.pt"
+    with open(path, "wb") as file:
+        file.truncate(10**13)  # sparse: takes no space
+    with pytest.raises(ValueError, match=r"huge\.pt has 10,000,000,000,000 bytes"):
+        find_feature_network("i3d", path)
+
+
 def test_missing_weights_are_said_in_words(nothing_at_hand: Path) -> None:
     found = find_feature_network("i3d")
     assert isinstance(found, Missing)
@@ -134,6 +145,21 @@ def test_weights_are_found_in_the_hubs_cache(nothing_at_hand: Path, script: tupl
     assert isinstance(network, FeatureNetwork) and network.num_features == 24
     with pytest.raises(ValueError, match="SHA-256"):  # what lies there is not the published network
         find_feature_network("i3d")
+
+
+def test_a_wrong_file_does_not_hide_the_right_one(
+    nothing_at_hand: Path, script: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = WEIGHT_FILES["i3d"][0]
+    folder = nothing_at_hand / "networks"
+    folder.mkdir()
+    monkeypatch.setenv("IVIDEOGPT_NETWORKS", str(folder))
+    (folder / entry.file).write_text("something else")
+    other = dataclasses.replace(entry, file="right.pt", sha256=script[1])
+    (folder / other.file).write_bytes(script[0].read_bytes())
+    monkeypatch.setitem(WEIGHT_FILES, "i3d", (entry, other))
+    found = find_weights("i3d")
+    assert isinstance(found, Weights) and found.path == folder / "right.pt" and found.is_reference
 
 
 def test_bad_videos() -> None:
