@@ -13,6 +13,7 @@ import torchvision
 
 from ivideogpt.metrics.lpips import LPIPS
 from ivideogpt.metrics.networks import find_weights
+from ivideogpt.metrics.rollouts import FrameMetric
 
 NETWORKS = ("vgg", "alex")
 
@@ -74,6 +75,21 @@ def test_many_frames_are_split_without_changing_a_value(network: str, weights: d
     first, second = torch.rand(2, 70, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(ours(first, second)[66:], ours(first[66:], second[66:]))
     assert not ours(first[:2], first[:2]).any()
+
+
+def test_it_streams_as_a_frame_metric(weights: dict[str, tuple[Path, str]]) -> None:
+    ours = LPIPS("alex", *weights["alex"])
+    generator = torch.Generator().manual_seed(3)
+    truth = torch.rand(3, 2, 3, 32, 32, generator=generator)
+    samples = torch.rand(3, 4, 2, 3, 32, 32, generator=generator)
+    metric = FrameMetric(ours, num_videos=3, horizon=2, higher_is_better=False).clone()
+    for video in range(3):
+        for some in (slice(0, 3), slice(3, 4)):
+            metric.update(samples[video, some], truth[video : video + 1], torch.tensor([video]))
+    found = metric.compute()
+    values = torch.stack([ours(samples[:, sample], truth) for sample in range(4)], dim=1).double()  # (3, 4, 2)
+    torch.testing.assert_close(found["best_per_video"], values.mean(2).amin(1), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found["curve"], values.mean((0, 1)), rtol=1e-5, atol=1e-7)
 
 
 def test_gradient_is_finite_where_all_activations_are_zero(weights: dict[str, tuple[Path, str]]) -> None:

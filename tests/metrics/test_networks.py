@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ivideogpt.metrics.frechet import VideoFrechetDistance
 from ivideogpt.metrics.networks import (
     WEIGHT_FILES,
     FeatureNetwork,
@@ -95,6 +96,19 @@ def test_a_file_of_a_given_hash_is_loaded_and_is_no_reference(script: tuple[Path
     assert (network.sha256, network.num_features, network.is_reference) == (sha256, 24, False)
     assert network.label == "Frechet distance of features.pt features, not FVD"
     torch.testing.assert_close(network(clips()), random_network(24, seed=3)(clips()))
+
+
+def test_a_metric_with_such_a_network_can_be_cloned_and_reset(script: tuple[Path, str]) -> None:
+    network = find_feature_network("i3d", *script)
+    assert isinstance(network, FeatureNetwork)
+    metric = VideoFrechetDistance(network)
+    copy = metric.clone()
+    for one in (metric, copy):
+        one.update(clips(6), real=True)
+        one.update(clips(9).flip(1), real=False)
+    assert float(copy.compute()) == float(metric.compute()) > 0
+    copy.reset()
+    assert copy.counts == (0, 0) and metric.counts == (6, 9)
 
 
 def test_a_file_with_another_hash_is_refused_before_it_is_loaded(script: tuple[Path, str]) -> None:
