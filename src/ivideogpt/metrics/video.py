@@ -119,7 +119,6 @@ def frame_metrics(prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: as they do, and for frames that are not finite.
     """
-    if prediction.is_floating_point() and truth.is_floating_point():
-        check_range(prediction, "predicted frames", finite=True)
-        check_range(truth, "true frames", finite=True)
+    check_range(prediction, "predicted frames", finite=True)
+    check_range(truth, "true frames", finite=True)
     return {name: metric(prediction, truth).double().cpu() for name, metric in METRICS.items()}
