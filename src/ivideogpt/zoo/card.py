@@ -153,7 +153,11 @@ def _render(**values: Any) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"cell": _cell, "prose": _prose, "capitalize_first": lambda text: text[:1].upper() + text[1:]}
+    environment.filters |= {
+        "cell": _cell,
+        "prose": _prose,
+        "capitalize_first": lambda text: text[:1].upper() + text[1:],
+    }
     template = (cards_folder() / "TEMPLATE.md").read_text(encoding="utf-8")
     text = environment.from_string(template).render(marker=MARKER, **values)
     text = re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n"
@@ -187,7 +191,7 @@ def _metadata(
     base_id = base.hub_id if base else base_model
     if base_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_id):
         base_id = None  # a model inside of this package, which has no page to link to
-    extra = {"base_model": base_id, "base_model_relation": "finetune"} if base_id else {}
+    extra: dict[str, Any] = {"base_model": base_id, "base_model_relation": "finetune"} if base_id else {}
     data = ModelCardData(
         license=licence,
         library_name="ivideogpt",
@@ -224,7 +228,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Renders or checks all cards of the repository; returns 1 if ``--check`` finds one out of date."""
     parser = argparse.ArgumentParser(prog="python -m ivideogpt.zoo.card", description=main.__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a card is out of date")
-    parser.add_argument("--folder", type=Path, default=cards_folder(), help="where the cards are (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=cards_folder(), help="where the cards are (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     stale = []
     for name, entry in entries().items():

@@ -93,7 +93,7 @@ def _rest(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _row(found: Mapping[str, Any]) -> dict[str, str]:
-    """The cells of one task: mean, deviation over runs and interval of each metric, and what it is to be held against."""
+    """The cells of one task: mean, deviation over runs and interval of each metric, and what to hold it against."""
     row = {name: number(found[name]) for name in ("clips", "episodes") if name in found}
     for metric, value in found["model"].items():
         text = number(value)

@@ -7,8 +7,11 @@ Talks to the Hub through huggingface_hub's own client, so its settings hold here
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
+from ivideogpt.zoo.checkpoint import FILES
+from ivideogpt.zoo.folder import replacing_files
 from ivideogpt.zoo.registry import find_entry, nearest_names
 
 
@@ -47,6 +50,26 @@ def resolve(name: str | os.PathLike[str], revision: str | None = None) -> Path:
     return _download(text, entry.hub_id if entry is not None and entry.hub_id else text, revision)
 
 
+def copy_to(folder: Path, out: Path) -> Path:
+    """Copies the checkpoint in ``folder`` to ``out``, all files as one; other files in ``out`` stay.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: if ``out`` is a file.
+        OSError: if something cannot be written; ``out`` is then as it was.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"cannot copy to {out}: it is a file; give a folder")
+    with replacing_files(out) as staging:
+        for name in FILES:
+            if (folder / name).is_file():
+                (staging / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(folder / name, staging / name)
+    return out
+
+
 def _download(name: str, repo_id: str, revision: str | None) -> Path:
     """Snapshot folder of ``repo_id``."""
     from ivideogpt.zoo.remote import IncompleteRepositoryError, RefusedRepositoryError, fetch
@@ -72,6 +95,7 @@ def _download(name: str, repo_id: str, revision: str | None) -> Path:
 
 
 def why_not_reached(error: Exception, revision: str | None) -> str:
+    """What an ``error`` of huggingface_hub means, and what to do about it."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -86,6 +110,14 @@ def why_not_reached(error: Exception, revision: str | None) -> str:
         return f"{hub} has no such repository, or it is private and you are not logged in (`hf auth login`)"
     if isinstance(error, RevisionNotFoundError):
         return f"{hub} has the repository, but not revision {revision!r}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"{hub} does not accept the token that you are logged in with; log in anew with `hf auth login`"
+    if status is not None:
+        busy = "is asked too often" if status == 429 else "is in trouble"
+        return (
+            f"{hub} {busy} (status {status}); try again later. The cache at {constants.HF_HUB_CACHE} does not hold it"
+        )
     cause = error.__cause__ or error
     return (
         f"{hub} could not be reached ({type(cause).__name__}: {_first_line(cause)}), and the cache at "

@@ -16,6 +16,7 @@ _PATH = re.compile(
     r"(?<![\w.~/\\:<-])(?:file://)?(?:~[\w.-]*/|/(?=[\w.~-]+/)|/(?=(?:home|root|tmp|mnt|data|scratch|Users)\b)|[A-Za-z]:[\\/]"
     r"|\\\\[\w.-]+\\)[^\s'\"`,;:|<>()\[\]{}=]*"
 )
+_WHOLE = re.compile(r"(?:file://)?(?:/|~[\w.-]*/|[A-Za-z]:[\\/]|\\\\)\S[^:=]*$")
 _CLIMBING = re.compile(r"(?<![\w./\\-])(?:\.\.[\\/])+")
 _SECRETS = (
     ("a Hugging Face token", re.compile(r"\bhf_[A-Za-z0-9]{8,}|\bapi_org_[A-Za-z0-9]{8,}")),
@@ -26,7 +27,10 @@ _SECRETS = (
     ("a password in a URL", re.compile(r"\w://[^\s/:@]+:[^\s/@]+@")),
     (
         "a password or key",
-        re.compile(r"\b(?:api_?key|password|passwd|secret|(?:access|auth|api)_?token)['\"]?\s*[:=]\s*['\"]?[^\s'\",{}\[\]]{6,}", re.I),
+        re.compile(
+            r"\b(?:api_?key|password|passwd|secret|(?:access|auth|api)_?token)['\"]?\s*[:=]\s*['\"]?[^\s'\",{}\[\]]{6,}",
+            re.I,
+        ),
     ),
 )
 
@@ -43,6 +47,8 @@ def without_paths(text: str) -> str:
 def without_paths_in(value: Any) -> Any:
     """Plain data (of JSON or YAML) with :func:`without_paths` done to each text, keys included."""
     if isinstance(value, str):
+        if _WHOLE.match(value) and "\n" not in value:  # with blanks in it, perhaps
+            return re.split(r"[\\/]", value.rstrip("\\/"))[-1] or "."
         return without_paths(value)
     if isinstance(value, dict):
         return {without_paths_in(key): without_paths_in(item) for key, item in value.items()}

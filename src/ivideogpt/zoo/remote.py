@@ -40,8 +40,7 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     What was fetched before is found without a network.
 
     Raises:
-        RefusedRepositoryError: if it is no world model, naming what is wrong.
-        OSError: if the disk has no room for it.
+        RefusedRepositoryError: if it is no world model, or the disk has no room for it, naming what is wrong.
         Exception: huggingface_hub's own, where the Hub does not give it.
     """
     from huggingface_hub import snapshot_download
@@ -49,7 +48,9 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
 
     def snapshot(files: tuple[str, ...], at: str | None, **options: Any) -> Path:
         # a glob would match as well, but each of these is a name without wildcards
-        return Path(snapshot_download(repo_id, revision=at, allow_patterns=[*files], library_name="ivideogpt", **options))
+        return Path(
+            snapshot_download(repo_id, revision=at, allow_patterns=[*files], library_name="ivideogpt", **options)
+        )
 
     try:
         sizes = patiently(lambda: _listing(repo_id, revision))
@@ -74,9 +75,7 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     if (folder / CARD).is_file():
         _refusing(repo_id, lambda: check_card((folder / CARD).read_text(encoding="utf-8", errors="replace"), CARD))
     if not all((folder / file).is_file() for file in WEIGHTS):
-        headers = {
-            file: _remote_header(repo_id, file, folder.name, sizes[file], folder / file) for file in WEIGHTS
-        }
+        headers = {file: _remote_header(repo_id, file, folder.name, sizes[file], folder / file) for file in WEIGHTS}
         _refusing(repo_id, lambda: describe(folder, headers))
         _check_room(repo_id, sum(sizes[file] for file in WEIGHTS))
     patiently(lambda: snapshot(WEIGHTS, folder.name))
@@ -104,7 +103,9 @@ def fetch_recipe(repo_id: str, revision: str | None = None) -> Path:
             raise error from None
     _check_names(repo_id, sizes)
     if RECIPE not in sizes:
-        raise IncompleteRepositoryError(f"the Hub repository {repo_id!r} has no {RECIPE}. It holds {listed(list(sizes))}")
+        raise IncompleteRepositoryError(
+            f"the Hub repository {repo_id!r} has no {RECIPE}. It holds {listed(list(sizes))}"
+        )
     _check_small(repo_id, RECIPE, sizes)
     return patiently(download)
 
@@ -137,7 +138,7 @@ def _asked_to_wait(error: BaseException | None) -> float | None:
                 return None
             after = response.headers.get("Retry-After", "") if response is not None else ""
             return float(after) if after.isdigit() else 0.0
-        if type(error).__name__ in ("ConnectError", "ReadError", "WriteError", "RemoteProtocolError", "ReadTimeout"):
+        if type(error).__name__ in ("ReadError", "WriteError", "RemoteProtocolError", "ReadTimeout"):
             return 0.0
         error, seen = error.__cause__ or error.__context__, seen + 1
     return None
@@ -162,7 +163,7 @@ def _check_names(repo_id: str, sizes: Mapping[str, int]) -> None:
         parts = PurePosixPath(name).parts
         if name.startswith("/") or "\\" in name or "\0" in name or ".." in parts:
             raise RefusedRepositoryError(
-                f"the Hub repository {repo_id!r} lists {name!r}, a path that leads out of its folder; nothing was fetched"
+                f"the Hub repository {repo_id!r} lists {name!r}, a path that leads out of its folder; it was refused"
             )
 
 
@@ -217,9 +218,9 @@ def _check_room(repo_id: str, size: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise OSError(
-            f"the weights of {repo_id!r} have {size:,} bytes, and the disk of the cache {folder} has room for {free:,}; "
-            "make room, or set HF_HOME to a folder on another disk"
+        raise RefusedRepositoryError(
+            f"weights of {repo_id!r} have {size:,} bytes, and the disk of the cache {folder} has room for {free:,}: "
+            "make room, or set HF_HOME to a folder of another disk"
         )
 
 
