@@ -228,7 +228,9 @@ class Handler(BaseHTTPRequestHandler):
         verb, revision = ([*rest, "revision", "main"])[:2] if rest else ("revision", "main")
         if verb == "refs":
             refs = {
-                kind: [{"name": name, "ref": f"refs/{where}/{name}", "targetCommit": oid} for name, oid in found.items()]
+                kind: [
+                    {"name": name, "ref": f"refs/{where}/{name}", "targetCommit": oid} for name, oid in found.items()
+                ]
                 for kind, where, found in (
                     ("branches", "heads", repository.branches),
                     ("tags", "tags", repository.tags),
@@ -250,7 +252,8 @@ class Handler(BaseHTTPRequestHandler):
             repository.tags[json.loads(body)["tag"]] = oid
             return self.reply(200, {})
         if verb == "revision":
-            siblings = [{"rfilename": path} for path in files]
+            rows = [tree_entry(repository, path, data) for path, data in files.items()]
+            siblings = [{**row, "rfilename": row["path"], "blobId": row["oid"]} for row in rows]
             return self.reply(200, {"id": repo_id, "sha": oid, "siblings": siblings, "private": repository.private})
         if verb == "tree":
             return self.reply(200, [tree_entry(repository, path, data) for path, data in files.items()])
@@ -325,7 +328,12 @@ def tree_entry(repository: Repository, path: str, data: bytes) -> dict[str, Any]
     size = repository.claimed_sizes.get(path, len(data))
     entry: dict[str, Any] = {"type": "file", "path": path, "size": size, "oid": blob_id(data)}
     if path.endswith(LARGE):
-        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 134}
+        entry["lfs"] = {
+            "oid": identifier(path, data),
+            "sha256": identifier(path, data),
+            "size": size,
+            "pointerSize": 134,
+        }
     return entry
 
 

@@ -135,9 +135,7 @@ def test_what_is_cached_works_without_the_hub(
     assert declared.run(LOAD, name="someone/cached") == 1.0
 
 
-def test_the_command_downloads(
-    hub: Hub, client: HubClient, published: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_the_command_downloads(hub: Hub, client: HubClient, published: dict[str, bytes], tmp_path: Path) -> None:
     hub.add(OXE, published)
     code = "from ivideogpt.cli import main\nresult = main(words)"
     assert client.run(code, words=["zoo", "download", "ivideogpt-oxe"]) == 0

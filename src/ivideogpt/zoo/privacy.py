@@ -11,12 +11,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+_START = r"(?:file://)?(?:~[\w.-]*/|/(?=[\w.~-]+/)|/(?=(?:home|root|tmp|mnt|data|scratch|Users)\b)|[A-Za-z]:[\\/]|\\\\[\w.-]+\\)"
 # /home/me/data, ~/data, ~me/data, C:\data, \\host\data, file:///data; not a//b, http://host/path, </b> or 3/4
-_PATH = re.compile(
-    r"(?<![\w.~/\\:<-])(?:file://)?(?:~[\w.-]*/|/(?=[\w.~-]+/)|/(?=(?:home|root|tmp|mnt|data|scratch|Users)\b)|[A-Za-z]:[\\/]"
-    r"|\\\\[\w.-]+\\)[^\s'\"`,;:|<>()\[\]{}=]*"
-)
-_WHOLE = re.compile(r"(?:file://)?(?:/|~[\w.-]*/|[A-Za-z]:[\\/]|\\\\)\S[^:=]*$")
+_PATH = re.compile(rf"(?<![\w.~/\\:<-]){_START}[^\s'\"`,;:|<>()\[\]{{}}=]*")
+_QUOTED = re.compile(rf"(?<=['\"]){_START}[^'\"\n]*(?=['\"])")  # with blanks in it, perhaps
+_WHOLE = re.compile(rf"{_START}[^:=\n]*")
+_HOME = re.compile(r"(?:file://)?(?:/home/|/Users/|[A-Za-z]:[\\/]Users[\\/])[^\\/]+")
 _CLIMBING = re.compile(r"(?<![\w./\\-])(?:\.\.[\\/])+")
 _SECRETS = (
     ("a Hugging Face token", re.compile(r"\bhf_[A-Za-z0-9]{8,}|\bapi_org_[A-Za-z0-9]{8,}")),
@@ -37,18 +37,22 @@ _SECRETS = (
 
 def without_paths(text: str) -> str:
     """``text`` with every path of a disk cut down to its last part, and without climbing out of a folder."""
+    return _CLIMBING.sub("", _PATH.sub(_last_part, _QUOTED.sub(_last_part, text)))
 
-    def last_part(found: re.Match[str]) -> str:
-        return re.split(r"[\\/]", found.group().rstrip("\\/"))[-1] or "."
 
-    return _CLIMBING.sub("", _PATH.sub(last_part, text))
+def _last_part(found: re.Match[str]) -> str:
+    path = found.group().rstrip("\\/")
+    if _HOME.fullmatch(path):  # whose last part is somebody's name
+        return "home"
+    return re.split(r"[\\/]", path)[-1] or "."
 
 
 def without_paths_in(value: Any) -> Any:
     """Plain data (of JSON or YAML) with :func:`without_paths` done to each text, keys included."""
     if isinstance(value, str):
-        if _WHOLE.match(value) and "\n" not in value:  # with blanks in it, perhaps
-            return re.split(r"[\\/]", value.rstrip("\\/"))[-1] or "."
+        whole = _WHOLE.fullmatch(value)
+        if whole:
+            return _last_part(whole)
         return without_paths(value)
     if isinstance(value, dict):
         return {without_paths_in(key): without_paths_in(item) for key, item in value.items()}

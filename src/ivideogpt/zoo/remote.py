@@ -71,14 +71,14 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     small = tuple(file for file in (*FILES, CARD) if file not in WEIGHTS)
     for file in small:
         _check_small(repo_id, file, sizes)
-    folder = patiently(lambda: snapshot(small, revision))
+    folder = patiently(lambda: snapshot(small, revision), tries=2)  # it has patience of its own
     if (folder / CARD).is_file():
         _refusing(repo_id, lambda: check_card((folder / CARD).read_text(encoding="utf-8", errors="replace"), CARD))
     if not all((folder / file).is_file() for file in WEIGHTS):
         headers = {file: _remote_header(repo_id, file, folder.name, sizes[file], folder / file) for file in WEIGHTS}
         _refusing(repo_id, lambda: describe(folder, headers))
         _check_room(repo_id, sum(sizes[file] for file in WEIGHTS))
-    patiently(lambda: snapshot(WEIGHTS, folder.name))
+    patiently(lambda: snapshot(WEIGHTS, folder.name), tries=2)
     return folder
 
 
@@ -147,15 +147,13 @@ def _asked_to_wait(error: BaseException | None) -> float | None:
 def _listing(repo_id: str, revision: str | None) -> dict[str, int]:
     """Sizes in bytes of all files of a repository."""
     from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
 
-    sizes: dict[str, int] = {}
-    for item in HfApi(library_name="ivideogpt").list_repo_tree(repo_id, recursive=True, revision=revision):
-        if isinstance(item, RepoFile):
-            sizes[item.path] = item.lfs.size if item.lfs else item.size
-        if len(sizes) > _MOST_FILES:
-            raise RefusedRepositoryError(f"the Hub repository {repo_id!r} has more than {_MOST_FILES} files")
-    return sizes
+    # fails at once where there is no network; listing the tree would wait for it
+    info = HfApi(library_name="ivideogpt").model_info(repo_id, revision=revision, files_metadata=True)
+    siblings = info.siblings or []
+    if len(siblings) > _MOST_FILES:
+        raise RefusedRepositoryError(f"the Hub repository {repo_id!r} has {len(siblings)} files, which is too many")
+    return {item.rfilename: (item.lfs.size if item.lfs else item.size) or 0 for item in siblings}
 
 
 def _check_names(repo_id: str, sizes: Mapping[str, int]) -> None:
