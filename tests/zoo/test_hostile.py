@@ -206,7 +206,8 @@ def test_ordinary_cards_pass(text: str) -> None:
     "text",
     [
         "<SCRIPT src=//host/x>", "< script >", "<iframe src=x>", "<a href='javascript:alert(1)'>x</a>",
-        "<svg/onload=alert(1)>",        "[x](javascript:alert(1))", "<img\nsrc=x\nonerror=alert(1)>", "```\nnot closed\n<script>", "<form action=x>",
+        "<svg/onload=alert(1)>", "[x](javascript:alert(1))", "<img\nsrc=x\nonerror=alert(1)>", "<form action=x>",
+        "```\nnot closed\n<script>",
     ],
 )  # fmt: skip
 def test_cards_that_run_something_do_not(text: str) -> None:

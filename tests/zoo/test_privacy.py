@@ -37,8 +37,10 @@ def test_paths_are_cut_down(text: str, public: str) -> None:
     "text",
     [
         "https://huggingface.co/thuml/ivideogpt-oxe", "hf://someone/mine", "s3://bucket/key",
-        "thuml/ivideogpt-oxe-64-act-free", "runs/data/train", "16/9", "and/or", "a </b> b", "<details><summary>x</summary>", "a / b",
-        "model_cards/results/x.json", "~ 3", "metaworld/plate-slide-v3: 8 episodes", "token perplexity: 12345678", "key: value",
+        "thuml/ivideogpt-oxe-64-act-free", "runs/data/train", "16/9", "and/or", "a </b> b", "a / b",
+        "<details><summary>x</summary>",
+        "model_cards/results/x.json", "~ 3", "metaworld/plate-slide-v3: 8 episodes", "key: value",
+        "token perplexity: 12345678",
     ],
 )  # fmt: skip
 def test_what_is_no_path_stays(text: str) -> None:

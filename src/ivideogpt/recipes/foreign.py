@@ -18,6 +18,7 @@ from ivideogpt.recipes.reading import Node, parse_yaml
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _NOT_ITS_BUSINESS = ("base", "output", "on_change", "publish")
+_DEEPEST = 50
 _PATH = re.compile(r"\s*(?:[/~\\]|[A-Za-z]:[\\/]|file:)|(?:^|.*[/\\])\.\.(?:[/\\]|$)", re.DOTALL)
 
 
@@ -59,11 +60,7 @@ def check_foreign(text: str, where: str, trust: bool = False) -> Node:
     Raises:
         ValueError: if it is no recipe, or says what it may not say.
     """
-    try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ValueError(f"{where} has YAML aliases (*name), which can make a small file huge; it was refused")
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    _check_events(text, where)
     recipe = parse_yaml(text, where)
     if not isinstance(recipe, dict):
         raise ValueError(f"{where} must hold a mapping (name, stages, ...), got {type(recipe).__name__}")
@@ -78,6 +75,20 @@ def check_foreign(text: str, where: str, trust: bool = False) -> Node:
                     "--trust allows it, and everything else that it does"
                 )
     return recipe
+
+
+def _check_events(text: str, where: str) -> None:
+    """Refuses YAML whose reading would take for ever, by what can be seen while it is scanned."""
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"{where} has YAML aliases (*name), which can make a small file huge; it was refused")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise ValueError(f"{where} is not valid: more than {_DEEPEST} mappings and lists inside each other")
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _texts(node: Any, place: str) -> Iterator[tuple[str, str]]:
