@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,9 @@ def test_a_golden_checkpoint_of_the_authors_layout(
     assert new_client().run(code) == [[1, 4, 3, 64, 64], True]
 
 
-def test_revisions_are_branches_tags_and_commits(hub: Hub, client: HubClient, tiny_world_model, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_revisions_are_branches_tags_and_commits(
+    hub: Hub, client: HubClient, tiny_world_model: Callable[..., Any], tmp_path: Path
+) -> None:
     versions = []
     for seed in (0, 1, 2):
         model = tiny_world_model(seed=seed)
