@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ivideogpt.recipes.reading import Node, nearest
-from ivideogpt.recipes.results import RECORD, read_record
+from ivideogpt.recipes.results import read_record
 from ivideogpt.zoo.card import entry_card, results_files
 from ivideogpt.zoo.card_results import read_card_results
 from ivideogpt.zoo.checkpoint import RECIPE, TRANSFORMER_WEIGHTS, load_parts
@@ -146,14 +146,15 @@ def _entry_evidence(entry: ZooEntry) -> Evidence:
 
 def gather(folder: Path, model: Path) -> Evidence:
     """What the output folder of a recipe tells about its model."""
-    records = {path.parent.name: read_record(path.parent) or {} for path in sorted(folder.glob(f"*/{RECORD}"))}
-    results = {stage: path for stage in records if (path := folder / stage / "results.json").is_file()}
-    examples = [path for stage in records if (path := folder / stage / EXAMPLES).is_file()]
-    text = (model / RECIPE).read_text(encoding="utf-8") if (model / RECIPE).is_file() else ""
+    recipe = yaml.safe_load((model / RECIPE).read_text(encoding="utf-8")) if (model / RECIPE).is_file() else None
+    stages = list((recipe.get("stages") or {}) if isinstance(recipe, dict) else {})
+    records = {stage: read_record(folder / stage) or {} for stage in stages}
+    results = {stage: path for stage in stages if (path := folder / stage / "results.json").is_file()}
+    examples = [path for stage in stages if (path := folder / stage / EXAMPLES).is_file()]
     return Evidence(
         results=results,
         rollout=examples[-1] if examples else None,
-        data=list(_training_data(yaml.safe_load(text) if text else {})),
+        data=list(_training_data(recipe)),
         compute="; ".join(_compute(records)) or "not recorded",
     )
 
