@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from ivideogpt import cli
-from ivideogpt.data.reader import load_manifest, resolve_source, verify_set
+from ivideogpt.data.reader import load_manifest, resolve_source
+from ivideogpt.data.verification import verify_set
 from ivideogpt.report import Example, Report, Row, Series, best, line_chart, render, ticks, write_report
 
 if TYPE_CHECKING:

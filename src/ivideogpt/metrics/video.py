@@ -6,6 +6,8 @@ a curve over time, average over a clip's frames, and take the best of several sa
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -18,17 +20,47 @@ PSNR_FLOOR = 1e-10
 """Smallest mean squared error that PSNR sees: identical frames get 100 dB instead of infinity, which spoils a mean."""
 
 
+RANGE_TOLERANCE = 1e-3
+"""How far a value may lie outside of [0, 1]: rounding of half precision, but no other range."""
+
+
+def check_range(video: Tensor, what: str, finite: bool = False) -> None:
+    """Refuses a video that is not floats in [0, 1].
+
+    Args:
+        video: any shape.
+        what: it is, for the message.
+        finite: whether NaN is refused too; otherwise it passes.
+
+    Raises:
+        ValueError: saying which range was found and what to do.
+    """
+    if not video.is_floating_point():
+        raise ValueError(f"{what} must be floats in [0, 1], got {video.dtype}: divide 8-bit frames by 255")
+    if video.numel() == 0:
+        return
+    low, high = (float(value) for value in video.detach().aminmax())
+    if finite and not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(
+            f"{what} hold values that are not finite (NaN or infinity): the model or the recording is broken"
+        )
+    if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+        cure = "clamp them"
+        if low < 0 and low >= -1 - RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE:
+            cure = "if their range is [-1, 1], add 1 and divide by 2; else clamp them"
+        elif low >= 0 and high <= 255:
+            cure = "divide 8-bit frames by 255"
+        raise ValueError(f"{what} must be in [0, 1], got values from {low:.4g} to {high:.4g}: {cure}")
+
+
 def _check(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     if prediction.ndim != 5 or prediction.shape != truth.shape:
         raise ValueError(
             "prediction and truth must be videos (B, T, C, H, W) of the same shape, "
             f"got {tuple(prediction.shape)} and {tuple(truth.shape)}"
         )
-    if not (prediction.is_floating_point() and truth.is_floating_point()):
-        raise ValueError(
-            f"prediction and truth must be floats in [0, 1], got {prediction.dtype} and {truth.dtype}: "
-            "divide 8-bit frames by 255"
-        )
+    check_range(prediction, "predicted frames")
+    check_range(truth, "true frames")
     return prediction.float(), truth.float()
 
 
@@ -82,5 +114,11 @@ HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "mse": False}
 
 @torch.no_grad()
 def frame_metrics(prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """All metrics of this file, each (B, T), on the CPU in float64."""
+    """All metrics of this file, each (B, T), on the CPU in float64.
+
+    Raises:
+        ValueError: as they do, and for frames that are not finite.
+    """
+    check_range(prediction, "predicted frames", finite=True)
+    check_range(truth, "true frames", finite=True)
     return {name: metric(prediction, truth).double().cpu() for name, metric in METRICS.items()}
