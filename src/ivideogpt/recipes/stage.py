@@ -233,9 +233,15 @@ class Stage:
             for name in ("action_mean", "action_std"):
                 if name in arguments(cls)[0] and values.get(name) is None:
                     kwargs[name] = loaded.extras.get(name)
+            if loaded.action_layers is not None and "action_spaces" in arguments(cls)[0]:
+                kwargs["action_spaces"] = values.get("action_spaces") or loaded.action_layers.spaces
         if "output_folder" in arguments(cls)[0] and values.get("output_folder") is None:
             kwargs["output_folder"] = self.folder
-        return cls(**kwargs)
+        module = cls(**kwargs)
+        layers = getattr(module, "action_layers", None)
+        if loaded is not None and loaded.action_layers is not None and layers is not None:
+            layers.take(loaded.action_layers)
+        return module
 
     def _trainer(self) -> tuple[Trainer, Path | None]:
         settings = dict(self.config["trainer"])
@@ -291,7 +297,8 @@ class Stage:
         if source is not None and source not in self.earlier and not Path(source).is_dir():
             extras["base_model"] = source
         old = loaded.published if loaded else Published()
-        parts = Parts(module.tokenizer, transformer, module.reward_head, extras, old)
+        layers = getattr(module, "action_layers", None)
+        parts = Parts(module.tokenizer, transformer, module.reward_head, extras, old, layers)
         parts.published.recipe = self.recipe_text
         save_parts(folder, parts)
 

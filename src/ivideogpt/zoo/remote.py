@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from ivideogpt.zoo.action_spaces import ACTION_SPACES
 from ivideogpt.zoo.card import CARD, check_card
 from ivideogpt.zoo.checkpoint import FILES, RECIPE, TOKENIZER_WEIGHTS, TRANSFORMER_WEIGHTS, describe
 from ivideogpt.zoo.tensors import LARGEST_HEADER, PICKLE_SUFFIXES, Header, header_length, listed, parse_header
 
 WEIGHTS = (TOKENIZER_WEIGHTS, TRANSFORMER_WEIGHTS)
 LARGEST_SMALL_FILE = 2**20  # bytes of a configuration, recipe or card; the published ones have some thousand
+LARGEST_ACTION_SPACES = 2**26
 _MOST_FILES = 10_000
 _LONGEST_WAIT = 60.0  # seconds; a Hub that asks for more patience is told of instead
 _BUSY = (429, 500, 502, 503, 504)
@@ -166,10 +168,11 @@ def _check_names(repo_id: str, sizes: Mapping[str, int]) -> None:
 
 
 def _check_small(repo_id: str, file: str, sizes: Mapping[str, int]) -> None:
-    if sizes.get(file, 0) > LARGEST_SMALL_FILE:
+    largest = LARGEST_ACTION_SPACES if file == ACTION_SPACES else LARGEST_SMALL_FILE
+    if sizes.get(file, 0) > largest:
         raise RefusedRepositoryError(
             f"{file} of the Hub repository {repo_id!r} has {sizes[file]:,} bytes, which no such file needs (at most "
-            f"{LARGEST_SMALL_FILE:,}); it was not fetched"
+            f"{largest:,}); it was not fetched"
         )
 
 
