@@ -4,6 +4,8 @@ tokenizer/config.json    tokenizer/diffusion_pytorch_model.safetensors
 transformer/config.json  transformer/model.safetensors  [transformer/generation_config.json]
 [ivideogpt.json]         what the published layout lacks
 [recipe.yaml]            the resolved recipe that trained the weights
+
+A LoRA adapter (:mod:`ivideogpt.zoo.adapter`) is loaded as well: its base, with the adapter merged in.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +29,23 @@ from ivideogpt.zoo.published import Published, read_json, reward_key, transforme
 from ivideogpt.zoo.side_file import SIDE_FILE, check_extras, read_side_file, side_file_text
 from ivideogpt.zoo.tensors import Header, build_on_meta, check_header, read_header, read_tensors, write_tensors
 
+if TYPE_CHECKING:
+    from ivideogpt.zoo.adapter import Adapter
+
 TOKENIZER_CONFIG = "tokenizer/config.json"
 TOKENIZER_WEIGHTS = "tokenizer/diffusion_pytorch_model.safetensors"
 TRANSFORMER_CONFIG = "transformer/config.json"
 TRANSFORMER_WEIGHTS = "transformer/model.safetensors"
 GENERATION_CONFIG = "transformer/generation_config.json"
 RECIPE = "recipe.yaml"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_LAYERS = "adapter_layers.safetensors"
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_LAYERS)
 FILES = (
     *(TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, TRANSFORMER_CONFIG, TRANSFORMER_WEIGHTS),
     *(GENERATION_CONFIG, SIDE_FILE, RECIPE),
+    *ADAPTER_FILES,
 )
 """Every file of a checkpoint that is ever read."""
 
@@ -56,6 +66,7 @@ class Parts:
         reward_head: None where the model predicts no rewards.
         extras: fields of the side file, see :data:`ivideogpt.zoo.side_file.KNOWN`.
         published: what the published files held.
+        adapter: that was merged into them, where they were loaded from one.
     """
 
     tokenizer: CompressiveTokenizer
@@ -63,6 +74,7 @@ class Parts:
     reward_head: RewardHead | None = None
     extras: dict[str, Any] = field(default_factory=dict)
     published: Published = field(default_factory=Published)
+    adapter: Adapter | None = None
 
     @property
     def config(self) -> WorldModelConfig:
@@ -160,7 +172,7 @@ def load_parts(
     """Parts of the world model in ``folder``, in eval mode.
 
     Args:
-        folder: in the published layout; see the top of this file.
+        folder: in the published layout, see the top of this file; or an adapter.
         device: where the weights go, the CPU if None.
         dtype: what the weights are converted to; if None, float32, also where the file holds bfloat16.
         context_length: shortens the tokenizer's context.
@@ -178,6 +190,14 @@ def load_parts(
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder")
     finish_interrupted_save(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        from ivideogpt.zoo.adapter import load_adapted
+
+        parts = load_adapted(folder, wanted_device, wanted_dtype, context_length)
+        if action_dim is not None and action_dim != parts.config.action_dim:
+            _renew_action_layer(parts.transformer, action_dim, folder)
+            parts.extras = _without_action_statistics(parts.extras)
+        return parts
     for name in (TOKENIZER_CONFIG, TRANSFORMER_CONFIG):
         _existing(folder / name, folder)
     headers = {name: read_header(folder / name) for name in (TOKENIZER_WEIGHTS, TRANSFORMER_WEIGHTS)}
@@ -198,7 +218,7 @@ def load_parts(
         tokenizer.set_context_length(context_length)
     if action_dim is not None and action_dim != stored_action_dim:
         _renew_action_layer(transformer, action_dim, folder)
-        extras = {name: value for name, value in extras.items() if name not in ("action_mean", "action_std")}
+        extras = _without_action_statistics(extras)
     for module in (tokenizer, transformer, reward_head):
         if module is not None:
             module.eval()
@@ -257,6 +277,8 @@ def save_parts(folder: str | Path, parts: Parts, dtype: torch.dtype | str | None
     for name, content in ((GENERATION_CONFIG, old.generation_config), (RECIPE, old.recipe)):
         if content is None:
             (folder / name).unlink(missing_ok=True)  # of the model that was here before
+    for name in ADAPTER_FILES:
+        (folder / name).unlink(missing_ok=True)
     return folder
 
 
@@ -320,6 +342,11 @@ def _renew_action_layer(transformer: Transformer, action_dim: int, folder: Path)
         ActionLayerWarning,
         stacklevel=4,  # where from_pretrained is called
     )
+
+
+def _without_action_statistics(extras: dict[str, Any]) -> dict[str, Any]:
+    """``extras`` of a model whose action layer is another one now."""
+    return {name: value for name, value in extras.items() if name not in ("action_mean", "action_std")}
 
 
 def _extras_to_write(parts: Parts) -> dict[str, Any]:
