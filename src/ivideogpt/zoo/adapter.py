@@ -12,7 +12,6 @@ tensors are compared with the base before they are read. peft is not needed to l
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Layers of a block that an adapter may change."""
 LARGEST_RANK = 1024
+_LARGEST_ALPHA = 1_000_000
 _LARGEST_JSON = 2**20  # bytes; peft's files have about a thousand
 _PREFIX = "base_model.model."  # of peft's model around LlamaForCausalLM
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -256,8 +256,8 @@ def check_config(fields: dict[str, Any], where: object) -> None:
     rank, alpha, targets = (fields.get(name) for name in _USED)
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= LARGEST_RANK:
         raise ValueError(f"{where}: r must be a number in 1..{LARGEST_RANK}, got {rank!r}")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise ValueError(f"{where}: lora_alpha must be a finite number, got {alpha!r}")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not -_LARGEST_ALPHA <= alpha <= _LARGEST_ALPHA:
+        raise ValueError(f"{where}: lora_alpha must be a number up to {_LARGEST_ALPHA:,}, got {alpha!r}")
     if not isinstance(targets, list) or not targets or not all(name in TARGETS for name in targets):
         raise ValueError(f"{where}: target_modules must be a list of some of {', '.join(TARGETS)}, got {targets!r}")
     for name, value in fields.items():

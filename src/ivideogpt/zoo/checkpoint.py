@@ -196,7 +196,7 @@ def load_parts(
         parts = load_adapted(folder, wanted_device, wanted_dtype, context_length)
         if action_dim is not None and action_dim != parts.config.action_dim:
             _renew_action_layer(parts.transformer, action_dim, folder)
-            parts.extras = _without_action_statistics(parts.extras)
+            parts.extras, parts.adapter = _without_action_statistics(parts.extras), None
         return parts
     for name in (TOKENIZER_CONFIG, TRANSFORMER_CONFIG):
         _existing(folder / name, folder)
