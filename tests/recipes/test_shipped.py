@@ -23,7 +23,7 @@ EMBEDDED = {"adapt", "debug", "demo", "grpo", "metaworld_nano", "tokens"}
 
 
 def test_all_recipes_are_found() -> None:
-    assert len(NAMES) == 19
+    assert len(NAMES) == 20
     assert set(NAMES) >= EMBEDDED
     assert recipes.recipes_folder() == FOLDER
 

@@ -28,6 +28,7 @@ from ivideogpt.recipes.classes import arguments, leaves
 from ivideogpt.recipes.reading import Node, nearest
 from ivideogpt.recipes.results import load_tokenizer
 from ivideogpt.world_model import WorldModel
+from ivideogpt.zoo.adapter import is_adapter
 from ivideogpt.zoo.checkpoint import Parts, load_parts
 from ivideogpt.zoo.vq_weights import find_vq_weights, start_from_vq_weights
 
@@ -152,7 +153,7 @@ class PartBuilder:
             if spec.get("context_length") is not None:
                 tokenizer.set_context_length(spec["context_length"])
             return tokenizer
-        if not (folder / "transformer").is_dir():
+        if not (folder / "transformer").is_dir() and not is_adapter(folder):
             raise ValueError(f"{where}: {spec['from']!r} ({folder}) holds a tokenizer only, not a {kind}")
         keys = ("context_length", "action_dim", "action_space")
         try:

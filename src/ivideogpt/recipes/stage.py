@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.markup import escape
 
+from ivideogpt.recipes.adapters import base_reference, find_whole_base, make_adapter
 from ivideogpt.recipes.checking import BASES, build_arguments, trains
 from ivideogpt.recipes.classes import arguments, defaults, import_class
 from ivideogpt.recipes.parts import PartBuilder, check_initial_weights, part_arguments, source_folder
@@ -37,6 +38,7 @@ from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, Pree
 from ivideogpt.training.logs import MetricsCSV
 from ivideogpt.training.progress import UpdateProgress
 from ivideogpt.training.sharding import is_sharded, whole_state
+from ivideogpt.zoo.adapter import save_adapter
 from ivideogpt.zoo.checkpoint import FILES, Parts, save_parts
 from ivideogpt.zoo.folder import finish_interrupted_save, replacing_files
 from ivideogpt.zoo.published import Published
@@ -224,6 +226,8 @@ class Stage:
         """The stage's module as it is before training."""
         cls, values = self._class("module"), self.config["module"]["init_args"]
         kinds = part_arguments(cls)
+        if values.get("lora") is not None:
+            find_whole_base(values["transformer"], self.earlier, f"stages.{self.name}.module.transformer")
         kwargs = build_arguments(cls, values, f"stages.{self.name}.module", skip=kinds)
         for argument, kind in kinds.items():
             where = f"stages.{self.name}.module.{argument}"
@@ -297,6 +301,11 @@ class Stage:
         if source is not None and source not in self.earlier and not Path(source).is_dir():
             extras["base_model"] = source
         old = loaded.published if loaded else Published()
+        if getattr(module, "lora", None) is not None:
+            where, spec = f"stages.{self.name}.module", self.config["module"]["init_args"]["transformer"]
+            base = base_reference(spec, self.earlier, folder, where, module.tokenizer.config.context_length)
+            save_adapter(folder, make_adapter(module, {**extras, "adapter_base": base}, self.recipe_text))
+            return
         layers = getattr(module, "action_layers", None)
         parts = Parts(module.tokenizer, transformer, module.reward_head, extras, old, layers)
         parts.published.recipe = self.recipe_text
@@ -347,6 +356,9 @@ def compose_model(stage_folder: Path, output: Path) -> None:
             for name in names:
                 (staging / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(stage_folder / name, staging / name)
+    for name in FILES:
+        if name not in names:
+            (model / name).unlink(missing_ok=True)  # of an earlier run, which left an adapter or a whole model
 
 
 @contextlib.contextmanager

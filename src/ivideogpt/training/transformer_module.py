@@ -5,7 +5,7 @@ Batches hold the clips' ``video`` (B, T, C, H, W), or their ``tokens`` (B, L) wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from ivideogpt.training.actions import (
     prepare_actions,
 )
 from ivideogpt.training.embedding_seeds import seed_embeddings as codebook_embeddings
+from ivideogpt.training.lora import LoRA, add_lora, merged, trains_lora
 from ivideogpt.training.module import TrainingModule
 from ivideogpt.training.optim import Schedule
 from ivideogpt.training.token_data import check_length, check_token_data
@@ -78,6 +79,7 @@ class TransformerModule(TrainingModule):
         activation_checkpointing: computes each block again in the backward pass, for the memory that it saves.
         max_bad_updates: updates in a row with a loss that is not finite that are left out before the training stops.
         loss_limit: a larger loss counts as one that is not finite.
+        lora: trains small matrices beside the transformer's weights, which are frozen, and its action layer.
     """
 
     action_mean: Tensor
@@ -106,6 +108,7 @@ class TransformerModule(TrainingModule):
         activation_checkpointing: bool = False,
         max_bad_updates: int = 0,
         loss_limit: float | None = None,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__(
             learning_rate, schedule, warmup_updates, weight_decay, betas, gradient_clip, max_bad_updates, loss_limit
@@ -124,6 +127,9 @@ class TransformerModule(TrainingModule):
         self.freeze_part("tokenizer")
         if seed_embeddings:
             codebook_embeddings(transformer, tokenizer)
+        self.lora = LoRA(**lora) if isinstance(lora, Mapping) else lora  # a recipe's is a mapping
+        for name in add_lora(transformer, self.lora) if self.lora is not None else ():
+            self.freeze_part(f"transformer.{name}")
         for name in freeze:
             self._freeze_by_name(name)
         self.normalizes = action_mean is not None or action_statistics_from_data
@@ -132,6 +138,11 @@ class TransformerModule(TrainingModule):
             action_warmup_updates,
         )
         prepare_actions(self, action_mean, action_std, action_spaces)
+        if self.lora is not None and (seed_embeddings or action_spaces or not trains_lora(transformer)):
+            raise ValueError(
+                f"lora does not go with seed_embeddings {seed_embeddings}, action_spaces {action_spaces} and freeze "
+                f"{list(freeze)}"
+            )
         self.reward_correlation = PearsonCorrCoef()
 
     def _freeze_by_name(self, name: str) -> None:
@@ -246,7 +257,7 @@ class TransformerModule(TrainingModule):
     def imagine(self, batch: dict[str, Any], temperature: float = 1.0, top_k: int | None = 100) -> Tensor:
         """Rollouts of the clips in ``batch`` from their context, (B, T, C, H, W) in [0, 1]; the same seed each time."""
         video, actions = batch["video"], None
-        transformer = self.transformer
+        transformer = self.transformer if self.lora is None else merged(self.transformer)
         if self.action_layers is not None:
             transformer, video, actions = one_space(self.action_layers, transformer, batch)
         elif transformer.config.action_dim is not None:

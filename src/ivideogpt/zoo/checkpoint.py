@@ -5,6 +5,8 @@ transformer/config.json  transformer/model.safetensors  [transformer/generation_
 [ivideogpt.json]         what the published layout lacks
 [recipe.yaml]            the resolved recipe that trained the weights
 [transformer/action_spaces.safetensors]   of a model with several action spaces
+
+A LoRA adapter (:mod:`ivideogpt.zoo.adapter`) is loaded as well: its base, with the adapter merged in.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import json
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +32,23 @@ from ivideogpt.zoo.published import Published, read_json, reward_key, transforme
 from ivideogpt.zoo.side_file import SIDE_FILE, check_extras, read_side_file, side_file_text
 from ivideogpt.zoo.tensors import Header, build_on_meta, check_header, read_header, read_tensors, write_tensors
 
+if TYPE_CHECKING:
+    from ivideogpt.zoo.adapter import Adapter
+
 TOKENIZER_CONFIG = "tokenizer/config.json"
 TOKENIZER_WEIGHTS = "tokenizer/diffusion_pytorch_model.safetensors"
 TRANSFORMER_CONFIG = "transformer/config.json"
 TRANSFORMER_WEIGHTS = "transformer/model.safetensors"
 GENERATION_CONFIG = "transformer/generation_config.json"
 RECIPE = "recipe.yaml"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_LAYERS = "adapter_layers.safetensors"
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_LAYERS)
 FILES = (
     *(TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, TRANSFORMER_CONFIG, TRANSFORMER_WEIGHTS),
     *(GENERATION_CONFIG, SIDE_FILE, RECIPE, ACTION_SPACES),
+    *ADAPTER_FILES,
 )
 """Every file of a checkpoint that is ever read."""
 
@@ -60,6 +70,7 @@ class Parts:
         extras: fields of the side file, see :data:`ivideogpt.zoo.side_file.KNOWN`.
         published: what the published files held.
         action_layers: of several action spaces, of which a world model uses one; the transformer then has none.
+        adapter: that was merged into them, where they were loaded from one.
     """
 
     tokenizer: CompressiveTokenizer
@@ -68,6 +79,7 @@ class Parts:
     extras: dict[str, Any] = field(default_factory=dict)
     published: Published = field(default_factory=Published)
     action_layers: ActionLayers | None = None
+    adapter: Adapter | None = None
 
     @property
     def config(self) -> WorldModelConfig:
@@ -166,7 +178,7 @@ def load_parts(
     """Parts of the world model in ``folder``, in eval mode.
 
     Args:
-        folder: in the published layout; see the top of this file.
+        folder: in the published layout, see the top of this file; or an adapter.
         device: where the weights go, the CPU if None.
         dtype: what the weights are converted to; if None, float32, also where the file holds bfloat16.
         context_length: shortens the tokenizer's context.
@@ -185,6 +197,14 @@ def load_parts(
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder")
     finish_interrupted_save(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        from ivideogpt.zoo.adapter import load_adapted
+
+        parts = load_adapted(folder, wanted_device, wanted_dtype, context_length)
+        if action_dim is not None and action_dim != parts.config.action_dim:
+            _renew_action_layer(parts.transformer, action_dim, folder)
+            parts.extras, parts.adapter = _without_action_statistics(parts.extras), None
+        return parts
     for name in (TOKENIZER_CONFIG, TRANSFORMER_CONFIG):
         _existing(folder / name, folder)
     headers = {name: read_header(folder / name) for name in (TOKENIZER_WEIGHTS, TRANSFORMER_WEIGHTS)}
@@ -212,8 +232,7 @@ def load_parts(
         tokenizer.set_context_length(context_length)
     if action_dim is not None and action_dim != stored_action_dim:
         _renew_action_layer(transformer, action_dim, folder)
-        extras = {name: value for name, value in extras.items() if name not in ("action_mean", "action_std")}
-        action_layers = None
+        extras, action_layers = _without_action_statistics(extras), None
     for module in (tokenizer, transformer, reward_head, action_layers):
         if module is not None:
             module.eval()
@@ -275,6 +294,8 @@ def save_parts(folder: str | Path, parts: Parts, dtype: torch.dtype | str | None
     for name, content in optional:
         if content is None:
             (folder / name).unlink(missing_ok=True)  # of the model that was here before
+    for name in ADAPTER_FILES:
+        (folder / name).unlink(missing_ok=True)
     return folder
 
 
@@ -338,6 +359,11 @@ def _renew_action_layer(transformer: Transformer, action_dim: int, folder: Path)
         ActionLayerWarning,
         stacklevel=4,  # where from_pretrained is called
     )
+
+
+def _without_action_statistics(extras: dict[str, Any]) -> dict[str, Any]:
+    """``extras`` of a model whose action layer is another one now."""
+    return {name: value for name, value in extras.items() if name not in ("action_mean", "action_std")}
 
 
 def _extras_to_write(parts: Parts) -> dict[str, Any]:
