@@ -29,6 +29,7 @@ from ivideogpt.training.actions import (
     prepare_actions,
 )
 from ivideogpt.training.embedding_seeds import seed_embeddings as codebook_embeddings
+from ivideogpt.training.frozen_tokenizer import FrozenTokenizer, TokenizerPrecision
 from ivideogpt.training.module import TrainingModule
 from ivideogpt.training.optim import Schedule
 from ivideogpt.training.token_data import check_length, check_token_data
@@ -76,6 +77,9 @@ class TransformerModule(TrainingModule):
         seed_embeddings: starts a fresh transformer with embeddings made of the codebooks
             (:func:`ivideogpt.training.embedding_seeds.seed_embeddings`); a trained one would lose its own.
         activation_checkpointing: computes each block again in the backward pass, for the memory that it saves.
+        compile: compiles the blocks (``torch.compile``): the first update takes a minute, the others less time.
+        tokenizer_precision: of the frozen tokenizer, where batches hold pixels: ``"trainer"`` as the trainer says,
+            ``"bfloat16"`` faster whatever it says, with a few ids that differ from float32's as they do in bf16-mixed.
         max_bad_updates: updates in a row with a loss that is not finite that are left out before the training stops.
         loss_limit: a larger loss counts as one that is not finite.
     """
@@ -104,6 +108,8 @@ class TransformerModule(TrainingModule):
         action_spaces: dict[str, int] | None = None,
         seed_embeddings: bool = False,
         activation_checkpointing: bool = False,
+        compile: bool = False,  # noqa: A002
+        tokenizer_precision: TokenizerPrecision = "trainer",
         max_bad_updates: int = 0,
         loss_limit: float | None = None,
     ) -> None:
@@ -122,6 +128,9 @@ class TransformerModule(TrainingModule):
         self.reward_weight = reward_weight
         self.layout = tokenizer.layout
         self.freeze_part("tokenizer")
+        self._encode = FrozenTokenizer(tokenizer, tokenizer_precision)
+        if compile:
+            transformer.compile_blocks()
         if seed_embeddings:
             codebook_embeddings(transformer, tokenizer)
         for name in freeze:
@@ -179,7 +188,7 @@ class TransformerModule(TrainingModule):
         tokens = batch.get("tokens")
         frames = batch["video"].shape[1] if tokens is None else self.layout.num_frames(tokens.shape[1])
         check_length(frames, self.layout, self.transformer)
-        return self.tokenizer.encode(batch["video"]) if tokens is None else tokens
+        return self._encode(batch["video"]) if tokens is None else tokens
 
     def predict_clip(self, batch: dict[str, Any]) -> TeacherForced:
         """Teacher-forced forward of the clips in ``batch``; logits only where there are labels.
