@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ivideogpt.config import TokenizerConfig
 from ivideogpt.layout import TokenLayout
-from ivideogpt.models.autoencoder import Decoder, Encoder, ResidualBlock
+from ivideogpt.models.autoencoder import Decoder, Encoder, Recomputing
 from ivideogpt.models.compiling import compiled
 from ivideogpt.models.conditional import ConditionalDecoder, ConditionalEncoder, CrossAttentionBlock
 from ivideogpt.models.quantizer import QuantizerOutput, VectorQuantizer
@@ -186,11 +186,11 @@ class CompressiveTokenizer(nn.Module):
             return compiled(CompressiveTokenizer.reconstruct)(self, context_frames, future_frames)
         return self.reconstruct(context_frames, future_frames)
 
-    def save_memory(self) -> None:
-        """Lets a backward pass compute norms and activations again in place of keeping them: the same gradients."""
+    def save_memory(self, recompute: bool = True) -> None:
+        """Whether a backward pass computes norms and activations again in place of keeping them."""
         for block in self.modules():
-            if isinstance(block, ResidualBlock):
-                block.recomputes = True
+            if isinstance(block, Recomputing):
+                block.recomputes = recompute
 
     def reconstruct(self, context_frames: Tensor, future_frames: Tensor) -> TokenizerOutput:
         """What ``forward`` gives, never compiled."""

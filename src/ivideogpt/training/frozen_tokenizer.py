@@ -18,9 +18,9 @@ class FrozenTokenizer:
 
     Args:
         tokenizer: frozen; its weights stay as they are.
-        precision: ``"trainer"`` computes with the weights themselves, under whatever autocast is on; ``"bfloat16"`` with
-            a copy of the encoders in bfloat16, once cast and not at each use as by autocast, which casts the weights
-            of a frozen module anew each time. The codebooks and the distances to them stay float32 in both.
+        precision: ``"trainer"`` computes with the weights themselves, under whatever autocast is on; ``"bfloat16"``
+            with a copy of the encoders in bfloat16, which is cast once and not at each use, as autocast does with
+            weights of a frozen module. The codebooks and the distances to them stay float32 in both.
     """
 
     def __init__(self, tokenizer: CompressiveTokenizer, precision: TokenizerPrecision = "trainer") -> None:

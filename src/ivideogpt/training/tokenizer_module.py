@@ -77,8 +77,7 @@ class TokenizerModule(TrainingModule):
         )
         self.tokenizer = tokenizer
         self.tokenizer.compiles = compile
-        if activation_checkpointing:
-            tokenizer.save_memory()
+        self.tokenizer.save_memory(activation_checkpointing)
         self.reconstruction = ReconstructionLoss(l1_weight, mse_weight, perceptual_weight)
         self.commitment_weight = commitment_weight
         self.discriminator = discriminator
