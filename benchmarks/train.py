@@ -7,7 +7,8 @@
 The original's way: transformers' LlamaForCausalLM and torch's AdamW, the frozen tokenizer in each update, everything
 eager, float32 on a CPU and autocast to bfloat16 on a GPU, as published. Tokenizers: the same module, run eagerly in
 NCHW. All sides of a case train the same parameters in one process, in turn. Batches are in memory on all sides
-(``data.py`` and ``tokens.py`` are about loading). Each case replaces its part of the results file.
+(``data.py`` and ``tokens.py`` are about loading). Each case and batch has a part of the results file of
+its own, which it replaces.
 """
 
 from __future__ import annotations
@@ -243,7 +244,8 @@ def main(words: list[str] | None = None) -> int:
         result = run_case(case, args, device)
         result["targets"] = judge(case, result, device.type)
         print_case(result)
-        record["cases"][case] = result
+        settings = result["settings"]
+        record["cases"][f"{case} {settings['batch_size']} x {settings['frames']}"] = result
         common.write_json(out, record)
     return 0
 
