@@ -48,6 +48,7 @@ def run_case(case: str, args: argparse.Namespace, device: torch.device) -> dict[
     Raises:
         DifferentWorkError: before anything is timed.
     """
+    machine, versions = common.describe_machine(device), common.describe_versions()  # as they are at the start
     batch_size = args.batch_size or BATCH[device.type][case]
     frames = args.frames or FRAMES[case]
     generator = torch.Generator().manual_seed(0)
@@ -115,8 +116,8 @@ def run_case(case: str, args: argparse.Namespace, device: torch.device) -> dict[
     return {
         "case": case,
         "date": common.now(),
-        "machine": common.describe_machine(device),
-        "versions": common.describe_versions(),
+        "machine": machine | {"load_average_at_end": common.describe_machine(device)["load_average"]},
+        "versions": versions,
         "settings": {
             "batch_size": batch_size, "frames": frames, "parameters": parameters, "sequence_length": length,
             "attention_dropout": None if length is None else args.dropout, "updates": args.updates,
@@ -192,6 +193,22 @@ def judge(case: str, result: dict[str, Any], device: str) -> list[dict[str, Any]
                 {"target": target, "wanted": wanted, "measured": abs(value), "side": name, "reached": reached}
             )
     return judged
+
+
+def markdown(result: dict[str, Any]) -> list[str]:
+    """Rows of a case as ``README.md`` has them: time, rate, share of the matrix rate, memory, and both ratios."""
+    rows = []
+    for name, side in result["sides"].items():
+        ratio = result["ratios"][name]
+        rate = side.get("tokens_per_second") or side.get("frames_per_second")
+        share = side["mfu"] if side["mfu"] is not None else side["share_of_matrix_rate"]
+        cells = (
+            name, f"{side['stats']['median']:.2f} s", f"{side['updates_per_second']:.2f}", f"{rate:.3g}",
+            f"{100 * share:.0f} %", f"{side['peak_bytes'] / 2**30:.2f} GiB", f"{ratio['speed']:.2f}x",
+            f"{ratio['memory']:.2f}x",
+        )  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
 
 
 def print_case(result: dict[str, Any]) -> None:

@@ -159,7 +159,10 @@ class TransformerSide(_Trained):
         self.wm, self.layout = wm, wm.layout
         self.run: Callable[[], Tensor]
         if measures.ours:
-            options: dict[str, Any] = {"tokenizer_precision": "bfloat16" if measures.tokenizer_bfloat16 else "trainer"}
+            options: dict[str, Any] = {
+                "tokenizer_precision": "bfloat16" if measures.tokenizer_bfloat16 else "trainer",
+                "compile": measures.compile,
+            }
             self.module = TransformerModule(wm.transformer, wm.tokenizer, **options).train()
             trained: nn.Module = wm.transformer
             self.run = lambda: self.module.losses(self.module.predict_clip(self.batch), self.batch)["loss"]

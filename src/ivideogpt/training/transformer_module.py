@@ -77,7 +77,7 @@ class TransformerModule(TrainingModule):
         seed_embeddings: starts a fresh transformer with embeddings made of the codebooks
             (:func:`ivideogpt.training.embedding_seeds.seed_embeddings`); a trained one would lose its own.
         activation_checkpointing: computes each block again in the backward pass, for the memory that it saves.
-        compile: compiles the blocks (``torch.compile``): the first update takes a minute, the others less time.
+        compile: compiles the blocks and the frozen tokenizer (``torch.compile``): the first update takes minutes.
         tokenizer_precision: of the frozen tokenizer, where batches hold pixels: ``"trainer"`` as the trainer says,
             ``"bfloat16"`` faster whatever it says, with a few ids that differ from float32's as they do in bf16-mixed.
         max_bad_updates: updates in a row with a loss that is not finite that are left out before the training stops.
@@ -128,7 +128,7 @@ class TransformerModule(TrainingModule):
         self.reward_weight = reward_weight
         self.layout = tokenizer.layout
         self.freeze_part("tokenizer")
-        self._encode = FrozenTokenizer(tokenizer, tokenizer_precision)
+        self._encode = FrozenTokenizer(tokenizer, tokenizer_precision, compile)
         if compile:
             transformer.compile_blocks()
         if seed_embeddings:
