@@ -66,4 +66,4 @@ def finish_wandb() -> None:
     """Ends a run of Weights & Biases, so that the next stage has one of its own; Lightning leaves it open."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
-        wandb.finish(quiet=True)
+        wandb.finish()
