@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +18,11 @@ from torch.optim import AdamW
 from benchmarks.baselines import llama_of
 from ivideogpt import WorldModel
 from ivideogpt.config import TokenizerConfig, WorldModelConfig
+from ivideogpt.metrics.lpips import LPIPS
+from ivideogpt.metrics.networks import Weights
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.training import TokenizerModule, TransformerModule
 from ivideogpt.training.optim import adamw
-from ivideogpt.training.perceptual import LPIPS
 
 LEARNING_RATE = 1e-4
 
@@ -225,11 +227,13 @@ def build_world_model(size: str, dropout: float, device: torch.device) -> WorldM
 
 def build_tokenizer_module(size: str, device: torch.device) -> TokenizerModule:
     """A tokenizer with random weights, and LPIPS over a random VGG."""
-    import timm
+    import torchvision
+    from safetensors.torch import save
 
     torch.manual_seed(0)
     module = TokenizerModule(CompressiveTokenizer(TokenizerConfig.preset(size)))
-    module.perceptual = LPIPS(timm.create_model("vgg16", pretrained=False).features)
+    content = save(torchvision.models.vgg16(weights=None).features.state_dict(prefix="features."))
+    module.perceptual = LPIPS("vgg", Weights(Path("random.safetensors"), "", False, content))
     module.freeze_part("perceptual")
     return module.to(device).train()
 
