@@ -28,7 +28,7 @@ NOT_IN_MODELS = set(
 )
 # Extras and test oracles: where they are used they are imported inside the function.
 NOT_AT_TOP = set(
-    "gymnasium metaworld mujoco av h5py peft pyarrow ray lpips piqa scipy transformers lightning_sdk".split()
+    "gymnasium metaworld mujoco av h5py peft pyarrow ray lpips piqa scipy transformers lightning_sdk wandb".split()
 )
 
 

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
@@ -30,12 +29,12 @@ from rich.markup import escape
 from ivideogpt.recipes.adapters import base_reference, find_whole_base, make_adapter
 from ivideogpt.recipes.checking import BASES, build_arguments, trains
 from ivideogpt.recipes.classes import arguments, defaults, import_class
+from ivideogpt.recipes.loggers import all_loggers, finish_wandb, place_wandb
 from ivideogpt.recipes.parts import PartBuilder, check_initial_weights, part_arguments, source_folder
 from ivideogpt.recipes.reading import Node
 from ivideogpt.recipes.results import differences, fingerprint, read_record, save_tokenizer, write_record, write_text
 from ivideogpt.training.callbacks import SeededUpdates
 from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, Preempted, latest_checkpoint
-from ivideogpt.training.logs import MetricsCSV
 from ivideogpt.training.progress import UpdateProgress
 from ivideogpt.training.sharding import is_sharded, whole_state
 from ivideogpt.zoo.adapter import save_adapter
@@ -102,7 +101,7 @@ class Stage:
         module = self.build_module(builder)
         data = self._build(LightningDataModule, "data")
         check_fit(module, data, self.name)
-        trainer, checkpoint = self._trainer()
+        trainer, checkpoint = self._trainer(record["started"])
         if trainer.is_global_zero:
             write_record(self.folder, record)
         if trains(type(module)):
@@ -127,6 +126,7 @@ class Stage:
             summary = {name: record[name] for name in ("started", "finished", "seconds", "updates")}
             write_text(self.folder / "summary.json", json.dumps(summary | {"metrics": metrics}, indent=2) + "\n")
             console.print(f"[bold]{self.name}[/]: finished in {record['seconds']} s", highlight=False)
+        finish_wandb()
         trainer.strategy.barrier()
 
     def check_sources(self) -> None:
@@ -247,8 +247,8 @@ class Stage:
             layers.take(loaded.action_layers)
         return module
 
-    def _trainer(self) -> tuple[Trainer, Path | None]:
-        settings = dict(self.config["trainer"])
+    def _trainer(self, started: str) -> tuple[Trainer, Path | None]:
+        settings = place_wandb(dict(self.config["trainer"]), self.folder, self.recipe_name, self.name, started)
         kwargs = build_arguments(Trainer, settings, f"stages.{self.name}.trainer", skip=("default_root_dir",))
         found = latest_checkpoint(self.folder / "checkpoints")
         step = 0 if found is None else found[0]
@@ -259,12 +259,7 @@ class Stage:
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if kwargs.get("enable_progress_bar") is not False and not own_bar:
             callbacks.append(UpdateProgress(self.name))
-        logger = kwargs.pop("logger", None)
-        loggers: list[Any] = []
-        if logger is not False:
-            extra = [] if logger in (None, True) else (logger if isinstance(logger, list) else [logger])
-            tensorboard = TensorBoardLogger(self.folder, name="", version="tensorboard", purge_step=step or None)
-            loggers = [MetricsCSV(self.folder, step), tensorboard, *extra]
+        loggers = all_loggers(kwargs.pop("logger", None), self.folder, step)
         plugins = kwargs.pop("plugins", None) or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         if "num_sanity_val_steps" not in settings:

@@ -29,6 +29,7 @@ from ivideogpt.training.actions import (
     prepare_actions,
 )
 from ivideogpt.training.embedding_seeds import seed_embeddings as codebook_embeddings
+from ivideogpt.training.frozen_tokenizer import FrozenTokenizer, TokenizerPrecision
 from ivideogpt.training.lora import LoRA, add_lora, merged, trains_lora
 from ivideogpt.training.module import TrainingModule
 from ivideogpt.training.optim import Schedule
@@ -77,6 +78,9 @@ class TransformerModule(TrainingModule):
         seed_embeddings: starts a fresh transformer with embeddings made of the codebooks
             (:func:`ivideogpt.training.embedding_seeds.seed_embeddings`); a trained one would lose its own.
         activation_checkpointing: computes each block again in the backward pass, for the memory that it saves.
+        compile: compiles the blocks and the frozen tokenizer (``torch.compile``): the first update takes minutes.
+        tokenizer_precision: of the frozen tokenizer, where batches hold pixels: ``"trainer"`` as the trainer says,
+            ``"bfloat16"`` faster whatever it says, with a few ids that differ from float32's as they do in bf16-mixed.
         max_bad_updates: updates in a row with a loss that is not finite that are left out before the training stops.
         loss_limit: a larger loss counts as one that is not finite.
         lora: trains small matrices beside the transformer's weights, which are frozen, and its action layer.
@@ -106,6 +110,8 @@ class TransformerModule(TrainingModule):
         action_spaces: dict[str, int] | None = None,
         seed_embeddings: bool = False,
         activation_checkpointing: bool = False,
+        compile: bool = False,  # noqa: A002
+        tokenizer_precision: TokenizerPrecision = "trainer",
         max_bad_updates: int = 0,
         loss_limit: float | None = None,
         lora: LoRA | None = None,
@@ -125,6 +131,9 @@ class TransformerModule(TrainingModule):
         self.reward_weight = reward_weight
         self.layout = tokenizer.layout
         self.freeze_part("tokenizer")
+        self._encode = FrozenTokenizer(tokenizer, tokenizer_precision, compile)
+        if compile:
+            transformer.compile_blocks()
         if seed_embeddings:
             codebook_embeddings(transformer, tokenizer)
         self.lora = LoRA(**lora) if isinstance(lora, Mapping) else lora  # a recipe's is a mapping
@@ -190,7 +199,7 @@ class TransformerModule(TrainingModule):
         tokens = batch.get("tokens")
         frames = batch["video"].shape[1] if tokens is None else self.layout.num_frames(tokens.shape[1])
         check_length(frames, self.layout, self.transformer)
-        return self.tokenizer.encode(batch["video"]) if tokens is None else tokens
+        return self._encode(batch["video"]) if tokens is None else tokens
 
     def predict_clip(self, batch: dict[str, Any]) -> TeacherForced:
         """Teacher-forced forward of the clips in ``batch``; logits only where there are labels.
