@@ -27,7 +27,7 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
 
 
 def test_a_missing_shard_is_a_finding_of_the_doctor(make_set: Sets, run: Run, capsys: Any, tmp_path: Path) -> None:
-    folder = make_set("set", episodes=6, per_shard=2, length=20)
+    folder = make_set("set", episodes=6, per_shard=2)
     (folder / "episodes-000001.tar").unlink()
     assert run("doctor", folder, "--json", tmp_path / "found.json", "--segment-length", "4") == 4
     found = json.loads((tmp_path / "found.json").read_text())["findings"]
@@ -42,18 +42,20 @@ def test_a_missing_shard_is_a_finding_of_the_doctor(make_set: Sets, run: Run, ca
 def test_the_doctor_looks_at_the_set_that_is_named(make_set: Sets, run: Run, capsys: Any) -> None:
     folder = make_set("set", episodes=3)
     for part in ("train", "heldout"):
-        make_set(f"set/{part}", episodes=2)
+        made = make_set(part, episodes=2)
+        made.rename(folder / part)
     run("doctor", folder)
-    assert f"{folder}: 3 episodes" in capsys.readouterr().out.replace("\n", "")
+    assert f"{folder}:3episodes" in "".join(capsys.readouterr().out.split())
     for path in folder.glob("*.*"):
         path.unlink()
     run("doctor", folder)
-    assert "2 episodes" in capsys.readouterr().out
+    assert "train:2episodes" in "".join(capsys.readouterr().out.split())
     for command in ("stats", "verify"):
         with pytest.raises(ValueError, match=r"holds 2 sets and is none itself; name one: .*heldout.*train"):
             run(command, folder)
 
 
+@pytest.mark.filterwarnings("ignore:.*skipped")
 def test_episodes_that_are_missing_count_as_many(tmp_path: Path) -> None:
     """A data set that says how many it holds: what is missing stands against --max-bad, be it one reason or many."""
     source = tmp_path / "robot"
@@ -82,12 +84,15 @@ def npz(folder: Path, count: int, bad: int | None = None) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:.*skipped")
 def test_no_part_of_a_split_is_published_alone(tmp_path: Path) -> None:
-    source, out = npz(tmp_path / "source", 4, bad=3), tmp_path / "out"
+    pack(npz(tmp_path / "good", 4), tmp_path / "split", holdout=0.25)
+    held = int(ShardSet(tmp_path / "split" / "heldout").key(0))
+    source, out = npz(tmp_path / "source", 4, bad=held), tmp_path / "out"
     with pytest.raises(ValueError, match=r"no episode is left for .*heldout, as all of them are bad; no set was made"):
         pack(source, out, policy="skip", holdout=0.25)
     assert not list(out.glob("*/manifest.json"))
-    np.savez(source / "3.npz", video=FRAMES, action=np.zeros((6, 2), np.float32))
+    np.savez(source / f"{held}.npz", video=FRAMES, action=np.zeros((6, 2), np.float32))
     pack(source, out, policy="skip", holdout=0.25, overwrite=True)
     assert verify_set(out / "train") == verify_set(out / "heldout") == []
 
@@ -114,6 +119,7 @@ def test_videos_of_any_container_and_alone(tmp_path: Path, run: Run, capsys: Any
     assert ShardSet(tmp_path / "one").key(0) == "film"
 
 
+@pytest.mark.filterwarnings("ignore:.*skipped")
 def test_links_in_a_tar_are_told_and_the_rest_is_read(make_set: Sets, tmp_path: Path) -> None:
     folder = make_set("set", episodes=3)
     evil = tmp_path / "evil.tar"
@@ -182,7 +188,7 @@ def test_a_resumed_training_with_other_data_is_told(make_set: Sets) -> None:
         return made
 
     state = module(one).state_dict()
-    module(one, num_workers=0).load_state_dict(state)  # nothing is said
+    module(one, batch_size=2).load_state_dict(state)  # nothing is said
     for other in (module(two), module(one, stride=2)):
         with pytest.warns(UserWarning, match="made with other training sets or clips"):
             other.load_state_dict(state)

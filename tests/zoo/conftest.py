@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -113,3 +114,22 @@ def new_client(_running_hub: Hub, tmp_path: Path) -> Iterator[Callable[..., HubC
     yield start
     for one in started:
         one.close()
+
+
+@pytest.fixture
+def make_shards(tmp_path: Path) -> Callable[..., str]:
+    """``make_shards(name, source=, action_dim=)`` writes a set of noise, 32 px, and gives its folder."""
+
+    def make(name: str, source: str, action_dim: int, episodes: int = 3) -> str:
+        from ivideogpt.data.episode import Episode
+        from ivideogpt.data.shards import ShardSetWriter
+
+        rng = np.random.default_rng(0)
+        with ShardSetWriter(tmp_path / name) as writer:
+            for number in range(episodes):
+                video = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
+                actions = rng.normal(3.0, 5.0, (8, action_dim)).astype(np.float32)
+                writer.write(f"{name}-{number}", Episode(video, actions, source=source))
+        return str(tmp_path / name)
+
+    return make

@@ -288,7 +288,7 @@ class TransformerModule(TrainingModule):
     @property
     def action_statistics(self) -> dict[str, list[float]]:
         """The normalisation as the side file of a world model holds it; empty where there is none."""
-        if not self.normalizes:
+        if not self.normalizes or self.action_layers is not None:  # which hold their own
             return {}
         return {"action_mean": self.action_mean.tolist(), "action_std": self.action_std.tolist()}
 
