@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ivideogpt.zoo.card import check_card
+from ivideogpt.zoo.checkpoint import load_parts
 from tests.zoo.hub_client import ClientError, HubClient
 from tests.zoo.hub_server import Hub
 
@@ -159,6 +160,15 @@ def test_only_pickles(hub: Hub, client: HubClient) -> None:
         client.run(LOAD, name="evil/model")
     assert caught.value.kind == "ModelNotFoundError"
     assert hub.sent == {}
+
+
+@pytest.mark.parametrize("data", [pickle.dumps(Bomb()), torch_archive()], ids=["pickle", "torch.save"])
+def test_a_pickle_in_a_folder_of_this_disk(data: bytes, published: Files, tmp_path: Path) -> None:
+    for name, content in {**published, TRANSFORMER: data}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.safetensors holds a pickle under the name of a safetensors file"):
+        load_parts(tmp_path)
 
 
 def test_more_than_the_disk_holds(hub: Hub, client: HubClient, published: Files) -> None:

@@ -346,6 +346,20 @@ def test_results_that_no_card_can_show(
     assert hub.requests == []
 
 
+def test_a_recipe_that_climbs_publishes_nothing_from_elsewhere(
+    hub: Hub, client: HubClient, model: Path, tmp_path: Path
+) -> None:
+    """Stage names of somebody else's recipe must not reach files outside of the folder that is published."""
+    (tmp_path / "results.json").write_text('{"private": 1}')
+    (model / "recipe.yaml").write_text("name: mine\nstages: {'..': {}, '../..': {}, '/tmp': {}}\n")
+    push_it = [str(model), "someone/mine"]
+    assert client.run(COMMAND, words=["push", *push_it]) == 0
+    assert not [name for name in hub.repositories["someone/mine"].main if name.startswith("results")]
+    (model / "recipe.yaml").write_text("stages: [\n")
+    with pytest.raises(ClientError, match="recipe.yaml is not valid YAML"):
+        client.run(COMMAND, words=["push", *push_it, "--debug"])
+
+
 def test_what_is_no_model_or_no_gif_is_refused(hub: Hub, client: HubClient, model: Path, tmp_path: Path) -> None:
     (tmp_path / "page.gif").write_text("<script>")
     for words, message in (

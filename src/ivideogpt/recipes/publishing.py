@@ -11,9 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ivideogpt.recipes.reading import Node, nearest
+from ivideogpt.recipes.reading import STAGE_NAME, Node, nearest, parse_yaml
 from ivideogpt.recipes.results import read_record
 from ivideogpt.zoo.adapter import is_adapter
 from ivideogpt.zoo.card import entry_card, results_files
@@ -147,15 +145,18 @@ def _entry_evidence(entry: ZooEntry) -> Evidence:
 
 def gather(folder: Path, model: Path) -> Evidence:
     """What the output folder of a recipe tells about its model."""
-    recipe = yaml.safe_load((model / RECIPE).read_text(encoding="utf-8")) if (model / RECIPE).is_file() else None
-    stages = list((recipe.get("stages") or {}) if isinstance(recipe, dict) else {})
+    path = model / RECIPE
+    recipe = parse_yaml(path.read_text(encoding="utf-8", errors="replace"), path) if path.is_file() else None
+    named = recipe.get("stages") if isinstance(recipe, dict) else None
+    settings = named if isinstance(named, dict) else {}
+    stages = [stage for stage in settings if STAGE_NAME.fullmatch(stage)]  # a name that climbs is no stage's
     records = {stage: read_record(folder / stage) or {} for stage in stages}
-    results = {stage: path for stage in stages if (path := folder / stage / "results.json").is_file()}
-    examples = [path for stage in stages if (path := folder / stage / EXAMPLES).is_file()]
+    results = {stage: file for stage in stages if (file := folder / stage / "results.json").is_file()}
+    examples = [file for stage in stages if (file := folder / stage / EXAMPLES).is_file()]
     return Evidence(
         results=results,
         rollout=examples[-1] if examples else None,
-        data=list(_training_data(recipe)),
+        data=list(_training_data(settings)),
         compute="; ".join(_compute(records)) or "not recorded",
     )
 
@@ -171,13 +172,14 @@ def _compute(records: Mapping[str, Node]) -> Iterator[str]:
         yield f"{stage}: {record.get('updates', 0)} updates in {record.get('seconds', 0):.0f} s on {where}"
 
 
-def _training_data(recipe: Any) -> Iterator[dict[str, str]]:
+def _training_data(stages: Node) -> Iterator[dict[str, str]]:
     """The sets that the stages train on, with what their manifests say of sources and licences."""
     seen = set()
-    stages = recipe.get("stages") if isinstance(recipe, dict) else None
-    for stage in (stages or {}).values():
-        train = ((stage.get("data") or {}).get("init_args") or {}).get("train")
-        for name in [train] if isinstance(train, str) else list(train or []):
+    for stage in stages.values():
+        node = stage
+        for key in ("data", "init_args", "train"):
+            node = node.get(key) if isinstance(node, dict) else None
+        for name in [node] if isinstance(node, str) else list(node) if isinstance(node, list | dict) else []:
             if name not in seen:
                 seen.add(name)
                 yield from _set_rows(str(name))
