@@ -255,7 +255,9 @@ def main(words: list[str] | None = None) -> int:
     args = parser.parse_args(words)
     device = torch.device(args.device)
     out = args.out or Path(__file__).parent / "results" / f"train-{device.type}.json"
-    record = json.loads(out.read_text()) if out.exists() else {"benchmark": "train", "version": 1, "cases": {}}
+    record: dict[str, Any] = (
+        json.loads(out.read_text()) if out.exists() else {"benchmark": "train", "version": 1, "cases": {}}
+    )
     record["equal_ids"] = sides_of.equal_ids(device)
     for case in args.cases:
         result = run_case(case, args, device)

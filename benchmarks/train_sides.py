@@ -165,9 +165,10 @@ class TransformerSide(_Trained):
                 "tokenizer_precision": "bfloat16" if measures.tokenizer_bfloat16 else "trainer",
                 "compile": measures.compile,
             }
-            self.module = TransformerModule(wm.transformer, wm.tokenizer, **options).train()
+            module = TransformerModule(wm.transformer, wm.tokenizer, **options)
+            module.train()
             trained: nn.Module = wm.transformer
-            self.run = lambda: self.module.losses(self.module.predict_clip(self.batch), self.batch)["loss"]
+            self.run = lambda: module.losses(module.predict_clip(self.batch), self.batch)["loss"]
         else:
             self.llama = llama_of(wm).train()
             for layer in self.llama.model.layers:
@@ -235,7 +236,9 @@ def build_tokenizer_module(size: str, device: torch.device) -> TokenizerModule:
     content = save(torchvision.models.vgg16(weights=None).features.state_dict(prefix="features."))
     module.perceptual = LPIPS("vgg", Weights(Path("random.safetensors"), "", False, content))
     module.freeze_part("perceptual")
-    return module.to(device).train()
+    module.to(device)
+    module.train()
+    return module
 
 
 def transformer_flops(wm: WorldModel, shape: tuple[int, ...]) -> float:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,8 @@ def test_each_stage_is_a_run_with_its_metrics_and_goes_on_when_it_is_resumed(
 def test_what_the_recipe_says_stays(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     given = {"project": "mine", "dir": "elsewhere", "version": "seven"}
-    trainer = {"logger": {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": given}, "max_steps": 3}
+    node = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": given}
+    trainer: dict[str, Any] = {"logger": node, "max_steps": 3}
     placed = place_wandb(trainer, tmp_path / "stage", "bair", "tokenizer", "2026-01-02T03:04:05+00:00")
     assert placed["max_steps"] == 3
     assert placed["logger"][0]["init_args"] == {**given, "name": "tokenizer"}

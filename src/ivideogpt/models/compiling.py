@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -19,4 +19,4 @@ F = TypeVar("F", bound=Callable[..., Any])
 @cache
 def compiled(function: F) -> F:
     """``function``, compiled on its first call for each set of shapes."""
-    return torch.compile(function, dynamic=False)
+    return cast(F, torch.compile(function, dynamic=False))

@@ -23,7 +23,7 @@ def place_wandb(trainer: Node, folder: Path, recipe: str, stage: str, started: s
         ValueError: if there is one and the package is not installed.
     """
     loggers = trainer.get("logger")
-    nodes = loggers if isinstance(loggers, list) else [loggers]
+    nodes: list[Any] = loggers if isinstance(loggers, list) else [loggers]
     if not any(_is_wandb(node) for node in nodes):
         return trainer
     if importlib.util.find_spec("wandb") is None:

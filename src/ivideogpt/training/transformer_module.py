@@ -80,7 +80,8 @@ class TransformerModule(TrainingModule):
         activation_checkpointing: computes each block again in the backward pass, for the memory that it saves.
         compile: compiles the blocks and the frozen tokenizer (``torch.compile``): the first update takes minutes.
         tokenizer_precision: of the frozen tokenizer, where batches hold pixels: ``"trainer"`` as the trainer says,
-            ``"bfloat16"`` faster whatever it says, with a few ids that differ from float32's as they do in bf16-mixed.
+            ``"bfloat16"`` in bfloat16 whatever it says: faster, and as in bf16-mixed some ids are not float32's (4 % of
+            the embedded model's for held-out recordings, `benchmarks/results/train-cpu.json`).
         max_bad_updates: updates in a row with a loss that is not finite that are left out before the training stops.
         loss_limit: a larger loss counts as one that is not finite.
         lora: trains small matrices beside the transformer's weights, which are frozen, and its action layer.
