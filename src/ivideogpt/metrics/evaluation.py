@@ -7,6 +7,7 @@ interruptions.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -83,25 +84,8 @@ def evaluate(
     if rank > 0:
         kept = Journal(journal, header, begin=False)
     earlier = sum(record.get("seconds", 0.0) for record in kept.records.values())
-    mine = work.groups[rank::processes]
-    total = sum(len(numbers) for _, numbers in mine)
-    done = sum((run, number) in kept for run, numbers in mine for number in numbers)
-    if watch is not None:
-        watch(done, total)
-    for run, numbers in mine:
-        # a group that was cut short is done again as a whole: rounding may depend on who is rolled out beside whom
-        if all((run, number) in kept for number in numbers):
-            continue
-        before = time.perf_counter()
-        found = measure(work, run, numbers)
-        seconds = (time.perf_counter() - before) / len(numbers)
-        for record, features in found:
-            if (run, record["video"]) not in kept:
-                kept.append({**record, "seconds": round(seconds, 4)}, features)
-                done += 1
-        if watch is not None:
-            watch(done, total)
-    kept.close()
+    with contextlib.closing(kept):
+        _work_through(work, work.groups[rank::processes], kept, watch)
     if processes > 1:
         dist.barrier()
     if rank > 0:
@@ -124,6 +108,29 @@ def evaluate(
     if not keep_journal:
         kept.remove()
     return result
+
+
+def _work_through(
+    work: Work, mine: list[tuple[int, list[int]]], kept: Journal, watch: Callable[[int, int], None] | None
+) -> None:
+    """Measures what the journal does not hold yet of a process's groups."""
+    total = sum(len(numbers) for _, numbers in mine)
+    done = sum((run, number) in kept for run, numbers in mine for number in numbers)
+    if watch is not None:
+        watch(done, total)
+    for run, numbers in mine:
+        # a group that was cut short is done again as a whole: rounding may depend on who is rolled out beside whom
+        if all((run, number) in kept for number in numbers):
+            continue
+        before = time.perf_counter()
+        found = measure(work, run, numbers)
+        seconds = (time.perf_counter() - before) / len(numbers)
+        for record, features in found:
+            if (run, record["video"]) not in kept:
+                kept.append({**record, "seconds": round(seconds, 4)}, features)
+                done += 1
+        if watch is not None:
+            watch(done, total)
 
 
 def _header(work: Work) -> dict[str, Any]:

@@ -226,7 +226,7 @@ PROTOCOLS: dict[str, EvaluationProtocol] = {
             actions=False,
             num_samples=1,
             metrics=("fvd", "psnr", "ssim", "lpips"),
-            fvd="gfvd",
+            fvd="i3d",
             source="a table that lists a gFVD of 254.8 for 17 x 256 x 256 clips; its data set is probably UCF-101, and "
             "its source was not found: do not quote it beside your number",
         ),
