@@ -10,9 +10,12 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ivideogpt.commands.arguments import add_model, at_least, number_from_zero
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # option -> field of the protocol that it changes; none of them has a default, which is the protocol's
 CHANGES = ("videos", "horizon", "clips_per_episode", "num_samples", "temperature", "top_k", "runs", "stride",
@@ -60,9 +63,10 @@ def run(args: argparse.Namespace) -> None:
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"--{option} {path}: there is no folder {Path(path).parent}")
     from rich.console import Console
+    from rich.markup import escape
 
     from ivideogpt.metrics.protocols import PROTOCOLS, protocol_named
-    from ivideogpt.metrics.terminal import protocol_table, result_table, task_table, watching
+    from ivideogpt.metrics.terminal import explanation_table, protocol_table, watching
 
     console = Console(width=None if sys.stdout.isatty() else 200)
     if args.protocol == "list":
@@ -75,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
     import ivideogpt
     from ivideogpt.metrics.clips import ClipSet
     from ivideogpt.metrics.evaluation import evaluate
-    from ivideogpt.metrics.judges import judges_for
+    from ivideogpt.metrics.explanation import explain
+    from ivideogpt.metrics.judges import judges_for, other_networks
     from ivideogpt.metrics.results import write_results
 
     with processes() as (rank, local_rank):
@@ -90,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         if rank == 0:
             console.print(protocol_table(settled), "")
             for metric, reason in judges.missing.items():
-                console.print(f"[yellow]not measured:[/] {metric}: {reason}", highlight=False)
+                console.print(f"[yellow]not measured:[/] {metric}: {escape(reason)}", highlight=False)
             if args.restart and journal is not None and journal.is_dir():
                 shutil.rmtree(journal)
         with watching(console if rank == 0 else None) as watch:
@@ -98,20 +103,36 @@ def run(args: argparse.Namespace) -> None:
                 wm, clips, settled, judges=judges, seed=args.seed, batch_size=args.batch_size, name=args.model,
                 journal=journal, keep_journal=True, watch=watch,
             )  # fmt: skip
-        if result is None:
-            return
+    if result is None:  # another process has it
+        return
     result["command"] = shlex.join(["ivideogpt", *sys.argv[1:]])
+    show(console, result)
+    if args.explain:
+        with watching(console, "explain") as watch:
+            result["explanation"] = explain(
+                wm, clips, settled, judges, seed=args.seed, result=result, watch=watch,
+                **other_networks(settled, judges, args.lpips_weights),
+            )  # fmt: skip
+        console.print(explanation_table(result["explanation"]))
+        for reason, why in result["explanation"]["not_computed"].items():
+            console.print(f"[yellow]not computed:[/] {reason}: {escape(why)}", highlight=False)
+    if args.out is not None:
+        assert journal is not None
+        write_results(result, args.out)
+        print(f"wrote {args.out}")
+        shutil.rmtree(journal)
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    """Prints a result's tables and notes."""
+    from ivideogpt.metrics.terminal import result_table, task_table
+
     console.print(result_table(result))
     tasks = task_table(result)
     if tasks is not None:
         console.print(tasks)
     for note in result["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)
-    if args.out is not None:
-        write_results(result, args.out)
-        print(f"wrote {args.out}")
-        assert journal is not None
-        shutil.rmtree(journal)
 
 
 @contextlib.contextmanager

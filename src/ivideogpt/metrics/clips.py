@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ivideogpt.data.clips import ClipSettings, FixedClips, collate
 from ivideogpt.data.mixtures import Mixture
 from ivideogpt.data.reader import ShardSet
-from ivideogpt.data.segments import shrink_stride
+from ivideogpt.data.segments import clip_indices, shrink_stride
 from ivideogpt.metrics.protocols import EvaluationProtocol
 
 
@@ -127,6 +129,17 @@ class ClipSet:
         """Several clips, stacked."""
         clips = [self.clip(number) for number in numbers]
         return collate(clips) | {name: [clip[name] for clip in clips] for name in ("source", "start")}
+
+    def original(self, number: int) -> Tensor | None:
+        """The clip's frames (T, C, H, W) as they are stored, uint8, uncropped; None where the record cannot be read."""
+        episode, start = self.clips.places[self.positions[number]]
+        name, index = self.mixture.episodes[episode]
+        record, settings = self.mixture.sets[name].record(index), self.clips.settings
+        if record is None:
+            return None
+        stride = settings.stride_of(record.header["fps"])
+        rows = clip_indices(len(record), settings.segment_length, stride=stride, start=start, goal=settings.goal)
+        return torch.from_numpy(record.frames(rows)).permute(0, 3, 1, 2)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for first in range(0, len(self), self.batch_size):

@@ -46,3 +46,8 @@ def judges_for(
         device: where networks run.
     """
     return Judges({"psnr": psnr, "ssim": ssim, "mse": mse})
+
+
+def other_networks(protocol: EvaluationProtocol, judges: Judges, lpips_weights: str | None = None) -> dict[str, Any]:
+    """What an explanation needs beside: LPIPS with the other network, and in words what cannot be had."""
+    return {"alternative": None, "missing": {}}

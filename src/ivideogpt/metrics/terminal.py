@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ivideogpt.metrics.comparison import Difference
 from ivideogpt.metrics.judges import HIGHER_IS_BETTER, LABELS
 from ivideogpt.metrics.protocols import EvaluationProtocol
 from ivideogpt.metrics.results import OVERALL
@@ -94,7 +95,7 @@ def times(ratio: float | None) -> str:
 
 
 @contextlib.contextmanager
-def watching(console: Console | None) -> Iterator[Callable[[int, int], None] | None]:
+def watching(console: Console | None, what: str = "evaluate") -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar with the time that is left, to be given to an evaluation; nothing without a console."""
     if console is None:
         yield None
@@ -109,8 +110,60 @@ def watching(console: Console | None) -> Iterator[Callable[[int, int], None] | N
         def watch(done: int, total: int) -> None:
             nonlocal task
             if task is None:  # what was finished before must not count for the speed
-                task = progress.add_task("evaluate", total=total, completed=done)
+                task = progress.add_task(what, total=total, completed=done)
             else:
                 progress.update(task, completed=done)
 
         yield watch
+
+
+def comparison_table(differences: Sequence[Difference], first: Mapping[str, Any], second: Mapping[str, Any]) -> Table:
+    """A row a metric: both results, their difference with its interval, and what that means."""
+    names = [str(result["model"] or "world model") for result in (first, second)]
+    title = f"{names[0]} against {names[1]}" if names[0] != names[1] else f"{names[0]}, measured twice"
+    caption = f"protocol {first['protocol']['name']}, {len(first['videos'])} videos, paired bootstrap over videos"
+    table = Table(title=title, caption=caption)
+    table.add_column("metric")
+    for heading in ("first", "second", "change", "95 % of the change", "p", "second better in"):
+        table.add_column(heading, justify="right")
+    table.add_column("verdict")
+    for one in differences:
+        arrow = "↑" if HIGHER_IS_BETTER.get(one.metric, False) else "↓"
+        ends = "-" if one.interval is None else " to ".join(f"{signed(one.metric, end)}" for end in one.interval)
+        colour = "" if not one.real else "[green]" if one.better else "[red]"
+        table.add_row(
+            f"{LABELS.get(one.metric, one.metric)} {arrow}",
+            number(one.metric, one.first),
+            number(one.metric, one.second),
+            signed(one.metric, one.change),
+            ends,
+            "-" if one.p_value is None else f"{one.p_value:.3f}" if one.p_value >= 0.001 else "< 0.001",
+            "-" if one.wins is None else f"{100 * one.wins:.0f} %",
+            f"{colour}{one.verdict}",
+        )
+    return table
+
+
+def signed(metric: str, value: float) -> str:
+    """A change with its sign."""
+    return ("+" if value >= 0 else "") + number(metric, value)
+
+
+def explanation_table(explanation: Mapping[str, Any]) -> Table:
+    """A row a reason: this alone changes the metric from x to y."""
+    metrics = list(dict.fromkeys(metric for row in explanation["rows"] for metric in row["values"]))
+    title = f"What alone would give another number ({explanation['videos']} clips, {explanation['samples']} samples)"
+    table = Table(title=title)
+    table.add_column("reason")
+    table.add_column("change")
+    for metric in metrics:
+        table.add_column(LABELS.get(metric, metric), justify="right")
+    reason = None
+    for row in explanation["rows"]:
+        cells = [
+            " → ".join(number(metric, value) for value in row["values"][metric]) if metric in row["values"] else ""
+            for metric in metrics
+        ]
+        table.add_row("" if row["reason"] == reason else row["reason"], row["change"], *cells)
+        reason = row["reason"]
+    return table
