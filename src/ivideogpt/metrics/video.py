@@ -6,6 +6,8 @@ a curve over time, average over a clip's frames, and take the best of several sa
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -16,6 +18,39 @@ SSIM_SIGMA = 1.5
 
 PSNR_FLOOR = 1e-10
 """Smallest mean squared error that PSNR sees: identical frames get 100 dB instead of infinity, which spoils a mean."""
+
+
+RANGE_TOLERANCE = 1e-3
+"""How far a value may lie outside of [0, 1]: rounding of half precision, but no other range."""
+
+
+def check_range(video: Tensor, what: str, finite: bool = False) -> None:
+    """Refuses a video that is not floats in [0, 1].
+
+    Args:
+        video: any shape.
+        what: it is, for the message.
+        finite: whether NaN is refused too; otherwise it passes.
+
+    Raises:
+        ValueError: saying which range was found and what to do.
+    """
+    if not video.is_floating_point():
+        raise ValueError(f"{what} must be floats in [0, 1], got {video.dtype}: divide 8-bit frames by 255")
+    if video.numel() == 0:
+        return
+    low, high = (float(value) for value in video.detach().aminmax())
+    if finite and not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(
+            f"{what} hold values that are not finite (NaN or infinity): the model or the recording is broken"
+        )
+    if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+        cure = (
+            "add 1 and divide by 2" if -1 - RANGE_TOLERANCE <= low < 0 and high <= 1 + RANGE_TOLERANCE else "scale them"
+        )
+        if low >= 0 and 1 < high <= 255:
+            cure = "divide 8-bit frames by 255"
+        raise ValueError(f"{what} must be in [0, 1], got values from {low:.4g} to {high:.4g}: {cure}, or clamp them")
 
 
 def _check(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,6 +64,8 @@ def _check(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
             f"prediction and truth must be floats in [0, 1], got {prediction.dtype} and {truth.dtype}: "
             "divide 8-bit frames by 255"
         )
+    check_range(prediction, "predicted frames")
+    check_range(truth, "true frames")
     return prediction.float(), truth.float()
 
 

@@ -20,7 +20,7 @@ from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer
 from ivideogpt.rollout.engine import Rollout, rollout
 from ivideogpt.training.optim import Schedule
-from ivideogpt.training.perceptual import LPIPS
+from ivideogpt.metrics.lpips import LPIPS
 from ivideogpt.training.transformer_module import TransformerModule
 
 ADVANTAGE_EPS = 1e-6

@@ -15,7 +15,7 @@ from ivideogpt.training.codebook import CodebookRestart
 from ivideogpt.training.losses import ReconstructionLoss, adaptive_weight, discriminator_loss, generator_loss
 from ivideogpt.training.module import TrainingModule
 from ivideogpt.training.optim import Schedule, adamw
-from ivideogpt.training.perceptual import LPIPS
+from ivideogpt.metrics.lpips import LPIPS
 
 
 class TokenizerModule(TrainingModule):
