@@ -21,6 +21,7 @@ import ivideogpt
 from ivideogpt.metrics.evaluation import evaluate
 from ivideogpt.metrics.journal import Journal
 from ivideogpt.metrics.judges import Judges
+from ivideogpt.metrics.networks import random_network
 from ivideogpt.metrics.protocols import EvaluationProtocol
 from ivideogpt.metrics.video import mse, psnr
 from tests.metrics.conftest import Integrator, MemoryClips
@@ -86,15 +87,6 @@ def test_another_evaluations_journal_is_refused(tmp_path: Path) -> None:
 # Whole evaluations
 
 
-class Features:
-    """Stands in for a feature network: mean grey of each frame."""
-
-    name, sha256, is_reference = "grey levels", "0" * 64, False
-
-    def __call__(self, video: Tensor) -> Tensor:
-        return video.mean(dim=(2, 3, 4))
-
-
 def test_an_evaluation_that_fails_at_any_video_goes_on(tmp_path: Path) -> None:
     class Dying(Integrator):
         left = 0
@@ -107,7 +99,7 @@ def test_an_evaluation_that_fails_at_any_video_goes_on(tmp_path: Path) -> None:
 
     clips = MemoryClips(["push", "lift"] * 3)
     protocol = EvaluationProtocol(horizon=3, runs=2, num_samples=3).settled(Integrator().config)
-    judges = Judges({"psnr": psnr, "mse": mse}, features=Features(), hashes={"fvd": "0" * 64})
+    judges = Judges({"psnr": psnr, "mse": mse}, features=random_network(4), hashes={"fvd": "0" * 64})
     options: dict[str, Any] = {"judges": judges, "batch_size": 2}
     straight = evaluate(Integrator(noise=0.1), clips, protocol, **options)
     assert straight is not None
@@ -123,6 +115,10 @@ def test_an_evaluation_that_fails_at_any_video_goes_on(tmp_path: Path) -> None:
         break
     assert result is not None
     assert starts > 3
+    distance = straight["overall"]["distance_of_other_features"]
+    assert len(distance["runs"]) == 2 and distance["value"] > 0
+    assert (distance["videos"], distance["is_reference"]) == ({"real": 6, "predicted": 18}, False)
+    assert "fvd" not in straight["overall"]["model"]
     assert told[-1] == (12, 12)
     assert {name: result[name] for name in ("tasks", "overall", "videos")} == {
         name: straight[name] for name in ("tasks", "overall", "videos")
@@ -132,7 +128,20 @@ def test_an_evaluation_that_fails_at_any_video_goes_on(tmp_path: Path) -> None:
 
 def command(out: Path, model: Path, *extra: str) -> list[str]:
     words = ["evaluate", "--model", str(model), "--data", "embedded:heldout", "--out", str(out), "--horizon", "4"]
-    return [*words, "--runs", "2", "--num-samples", "3", "--batch-size", "4", "--videos", "10", *extra]
+    return [
+        *words,
+        "--runs",
+        "2",
+        "--num-samples",
+        "3",
+        "--batch-size",
+        "4",
+        "--videos",
+        "10",
+        "--fvd-weights",
+        "random",
+        *extra,
+    ]
 
 
 def environment() -> dict[str, str]:

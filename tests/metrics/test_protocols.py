@@ -104,7 +104,7 @@ def recordings(tmp_path: Path) -> Callable[..., str]:
         rng = np.random.default_rng(0)
         for number in range(3):
             image = rng.integers(0, 255, (frames + number, *size, 3)).astype(np.uint8)
-            actions = {"action": rng.normal(size=(frames + number, 4)).astype(np.float32)} if action else {}
+            actions: Any = {"action": rng.normal(size=(frames + number, 4)).astype(np.float32)} if action else {}
             np.savez(folder / f"{number}.npz", image=image, **actions)
         pack(folder, folder / "packed", format="npz")
         return str(folder / "packed")

@@ -41,8 +41,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--seed", type=at_least(0), default=0, help="of all random numbers (default: 0)")
     parser.add_argument("--batch-size", type=at_least(1), default=32, help="samples at once (default: 32)")
     parser.add_argument("--restart", action="store_true", help="drop what a killed evaluation has finished")
-    parser.add_argument("--lpips-weights", metavar="FILE", help="weights of the LPIPS backbone")
-    parser.add_argument("--fvd-weights", metavar="FILE", help="weights of the FVD network")
+    parser.add_argument("--lpips-weights", metavar="FILE", help="weights of the LPIPS network")
+    parser.add_argument(
+        "--fvd-weights", metavar="FILE", help="TorchScript file of the FVD network, or `random` to try things out"
+    )
     changes = parser.add_argument_group("changes of the protocol", "any of them makes it a custom one")
     changes.add_argument("--videos", "--limit", type=at_least(1), help="clips, evenly chosen")
     changes.add_argument("--horizon", type=at_least(1), help="frames to predict")
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         with watching(console, "explain") as watch:
             result["explanation"] = explain(
                 wm, clips, settled, judges, seed=args.seed, result=result, watch=watch,
-                **other_networks(settled, judges, args.lpips_weights),
+                **other_networks(settled, judges, wm.device),
             )  # fmt: skip
         console.print(explanation_table(result["explanation"]))
         for reason, why in result["explanation"]["not_computed"].items():

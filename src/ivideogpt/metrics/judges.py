@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ivideogpt.metrics.lpips import LPIPS
+from ivideogpt.metrics.networks import RANDOM, Missing, find_feature_network, find_weights
 from ivideogpt.metrics.protocols import EvaluationProtocol
 from ivideogpt.metrics.video import mse, psnr, ssim
 
@@ -42,12 +44,49 @@ def judges_for(
     Args:
         protocol: of the evaluation.
         lpips_weights: file of the LPIPS backbone; None looks where it usually lies.
-        fvd_weights: file of the FVD network; None looks where it usually lies.
+        fvd_weights: file of the FVD network, or ``random`` for one that serves to try things out; None looks where it
+            usually lies.
         device: where networks run.
+
+    Raises:
+        ValueError: if a file is not what it should be.
     """
-    return Judges({"psnr": psnr, "ssim": ssim, "mse": mse})
+    judges = Judges({"psnr": psnr, "ssim": ssim, "mse": mse})
+    if "lpips" in protocol.metrics:
+        _add_lpips(judges, protocol.lpips, lpips_weights, device)
+    if "fvd" in protocol.metrics and protocol.fvd is not None:
+        name = RANDOM if fvd_weights == RANDOM else protocol.fvd
+        network = find_feature_network(name, None if fvd_weights == RANDOM else fvd_weights)
+        if isinstance(network, Missing):
+            judges.missing["fvd"] = network.reason
+        else:
+            judges.features = network
+            judges.hashes["fvd"] = network.sha256
+    return judges
 
 
-def other_networks(protocol: EvaluationProtocol, judges: Judges, lpips_weights: str | None = None) -> dict[str, Any]:
+def _add_lpips(judges: Judges, network: str, path: str | None, device: Any) -> None:
+    found = find_weights(network, path)
+    if isinstance(found, Missing):
+        judges.missing["lpips"] = found.reason
+        return
+    judges.frames["lpips"] = LPIPS(network, found).to(device)
+    judges.hashes["lpips"] = found.sha256
+
+
+def other_networks(protocol: EvaluationProtocol, judges: Judges, device: Any = "cpu") -> dict[str, Any]:
     """What an explanation needs beside: LPIPS with the other network, and in words what cannot be had."""
-    return {"alternative": None, "missing": {}}
+    missing = {}
+    if judges.features is None and protocol.fvd is not None:
+        missing["FVD network"] = judges.missing.get("fvd", "not in this protocol")
+    else:
+        missing["FVD network"] = "there is one published network (I3D); a distance by any other is not FVD"
+    beside = Judges({})
+    other = "alex" if protocol.lpips == "vgg" else "vgg"
+    if "lpips" in judges.frames:
+        _add_lpips(beside, other, None, device)
+    else:
+        beside.missing["lpips"] = judges.missing.get("lpips", "LPIPS is not in this protocol")
+    if beside.missing:
+        missing["LPIPS network"] = beside.missing["lpips"]
+    return {"alternative": beside.frames.get("lpips"), "missing": missing}

@@ -58,7 +58,11 @@ def assemble(
     if protocol.greedy:
         notes.append("argmax draws nothing: one sample and one run stand for all")
     if judges.features is not None:
-        overall |= frechet_summary(kept, protocol, judges, len(places), notes)
+        distance = frechet_summary(kept, protocol, judges, len(places), notes)
+        overall["fvd" if judges.features.is_reference else "distance_of_other_features"] = distance
+        if distance is not None and judges.features.is_reference:
+            overall["model"]["fvd"], overall["runs"]["fvd"] = distance["value"], distance["runs"]
+            overall["std_over_runs"]["fvd"] = distance["std_over_runs"]
     return {
         "missing": dict(judges.missing),
         "notes": notes,

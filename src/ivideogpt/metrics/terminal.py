@@ -37,13 +37,13 @@ def result_table(result: Mapping[str, Any]) -> Table:
     table = Table(title=title, caption=caption)
     table.add_column("metric")
     table.add_column(f"best of {samples}" if samples > 1 else "model", justify="right")
-    for heading in ("± runs", "95 % over videos", "mean of samples", "last frame", "actions of another clip"):
+    for heading in ("± runs", "95 % over videos", "mean of samples", "last frame", "with another clip's actions"):
         table.add_column(heading, justify="right")
     following = overall["shuffled_actions"]
     for metric, value in overall["model"].items():
         arrow = "↑" if HIGHER_IS_BETTER.get(metric, False) else "↓"
         deviation, ends = overall["std_over_runs"].get(metric), overall["interval"].get(metric)
-        shuffled = None if following is None else following["shuffled"].get(metric)
+        change = None if following is None else following["change"].get(metric)
         table.add_row(
             f"{LABELS.get(metric, metric)} {arrow}",
             number(metric, value),
@@ -51,7 +51,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
             "-" if ends is None else f"{number(metric, ends[0])} to {number(metric, ends[1])}",
             number(metric, overall["mean_of_samples"].get(metric)),
             number(metric, overall["repeat_last_frame"].get(metric)),
-            number(metric, shuffled),
+            "-" if change is None else signed(metric, change),
         )
     return table
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ivideogpt.metrics.lpips import LPIPS
 from ivideogpt.metrics.video import mse, psnr
 from ivideogpt.models.reward_head import RewardHead
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer
 from ivideogpt.rollout.engine import Rollout, rollout
 from ivideogpt.training.optim import Schedule
-from ivideogpt.metrics.lpips import LPIPS
 from ivideogpt.training.transformer_module import TransformerModule
 
 ADVANTAGE_EPS = 1e-6

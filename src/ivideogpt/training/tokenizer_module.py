@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ivideogpt.metrics.lpips import LPIPS
 from ivideogpt.metrics.video import psnr
 from ivideogpt.models.discriminator import PatchDiscriminator
 from ivideogpt.models.tokenizer import CompressiveTokenizer, TokenizerOutput
@@ -15,7 +16,6 @@ from ivideogpt.training.codebook import CodebookRestart
 from ivideogpt.training.losses import ReconstructionLoss, adaptive_weight, discriminator_loss, generator_loss
 from ivideogpt.training.module import TrainingModule
 from ivideogpt.training.optim import Schedule, adamw
-from ivideogpt.metrics.lpips import LPIPS
 
 
 class TokenizerModule(TrainingModule):
