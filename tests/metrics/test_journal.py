@@ -128,20 +128,8 @@ def test_an_evaluation_that_fails_at_any_video_goes_on(tmp_path: Path) -> None:
 
 def command(out: Path, model: Path, *extra: str) -> list[str]:
     words = ["evaluate", "--model", str(model), "--data", "embedded:heldout", "--out", str(out), "--horizon", "4"]
-    return [
-        *words,
-        "--runs",
-        "2",
-        "--num-samples",
-        "3",
-        "--batch-size",
-        "4",
-        "--videos",
-        "10",
-        "--fvd-weights",
-        "random",
-        *extra,
-    ]
+    words += ["--runs", "2", "--num-samples", "3", "--batch-size", "4", "--videos", "10", "--fvd-weights", "random"]
+    return [*words, *extra]
 
 
 def environment() -> dict[str, str]:

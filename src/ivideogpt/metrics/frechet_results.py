@@ -59,7 +59,7 @@ def frechet_summary(
 
 def _distance(kept: Journal, network: Any, run: int, videos: range, samples: int | None = None) -> FrechetDistance:
     """The distance with the features of one run in it, added in the order of the videos."""
-    metric = FrechetDistance(network.num_features)
+    metric = FrechetDistance(network.num_features, sync_on_compute=False)  # the journal holds what all have seen
     for video in videos:
         real = kept.features(kept.records[0, video], REAL)
         predicted = kept.features(kept.records[run, video], PREDICTED)
