@@ -33,13 +33,16 @@ def add_parser(subparsers: Any) -> None:
         " processes share the work.",
     )
     add_model(parser)
-    parser.add_argument("--data", required=True, metavar="SHARDS", help="a shard set's folder, or `embedded:heldout`")
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="SHARDS", help="folders of shard sets, or `embedded:heldout`"
+    )
     parser.add_argument("--protocol", default="custom", metavar="P", help="preset, or `list` (default: custom)")
     parser.add_argument("--out", metavar="FILE", help="write the results as JSON; also what makes it resumable")
     parser.add_argument("--report", metavar="FILE", help="write a self-contained HTML page")
     parser.add_argument("--explain", action="store_true", help="also compute what else would give another number")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of all random numbers (default: 0)")
     parser.add_argument("--batch-size", type=at_least(1), default=32, help="samples at once (default: 32)")
+    parser.add_argument("--note", action="append", default=[], metavar="TEXT", help="a sentence for the result")
     parser.add_argument("--restart", action="store_true", help="drop what a killed evaluation has finished")
     parser.add_argument("--lpips-weights", metavar="FILE", help="weights of the LPIPS network")
     parser.add_argument(
@@ -81,8 +84,11 @@ def run(args: argparse.Namespace) -> None:
     import ivideogpt
     from ivideogpt.metrics.clips import ClipSet
     from ivideogpt.metrics.evaluation import evaluate
+    from ivideogpt.metrics.examples import gather
     from ivideogpt.metrics.explanation import explain
     from ivideogpt.metrics.judges import judges_for, other_networks
+    from ivideogpt.metrics.measuring import Work
+    from ivideogpt.metrics.report import write_report
     from ivideogpt.metrics.results import write_results
 
     with processes() as (rank, local_rank):
@@ -107,6 +113,7 @@ def run(args: argparse.Namespace) -> None:
             )  # fmt: skip
     if result is None:  # another process has it
         return
+    result["notes"] += args.note
     result["command"] = shlex.join(["ivideogpt", *sys.argv[1:]])
     show(console, result)
     if args.explain:
@@ -118,6 +125,11 @@ def run(args: argparse.Namespace) -> None:
         console.print(explanation_table(result["explanation"]))
         for reason, why in result["explanation"]["not_computed"].items():
             console.print(f"[yellow]not computed:[/] {reason}: {escape(why)}", highlight=False)
+    if args.report is not None:
+        places = [clips.place(index) for index in range(len(clips))]
+        work = Work(wm, clips, settled, judges, args.seed, args.batch_size, places)
+        write_report(result, gather(work, result), args.report)
+        print(f"wrote {args.report}")
     if args.out is not None:
         assert journal is not None
         write_results(result, args.out)

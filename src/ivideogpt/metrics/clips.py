@@ -52,13 +52,14 @@ class ClipSet:
         self.positions: list[int] = sorted(chosen.tolist())
 
     @classmethod
-    def open(cls, source: str, protocol: EvaluationProtocol, batch_size: int = 16) -> ClipSet:
-        """Of one shard set: a folder, or ``embedded:heldout``.
+    def open(cls, sources: str | Sequence[str], protocol: EvaluationProtocol, batch_size: int = 16) -> ClipSet:
+        """Of one shard set or several: folders, or ``embedded:heldout``.
 
         Raises:
             ValueError: if there is no such set, or it does not fit the protocol.
         """
-        return cls(Mixture({source: ShardSet(source)}), protocol, batch_size)
+        names = [sources] if isinstance(sources, str) else list(sources)
+        return cls(Mixture({name: ShardSet(name) for name in names}), protocol, batch_size)
 
     def _check(self, settings: ClipSettings) -> None:
         protocol, needed = self.protocol, settings.segment_length - settings.goal
