@@ -74,14 +74,14 @@ def test_own_and_shuffled_actions_share_their_random_numbers(measured: Measured)
         def rollout(self, context_frames: Tensor, actions: Tensor | None = None, **settings: Any) -> Any:
             return super().rollout(context_frames, None, **settings)
 
-    result = measured(Deaf(noise=0.05), MemoryClips(["push"] * 4), num_samples=3, shuffled_samples=2)
+    result = measured(Deaf(noise=0.04), MemoryClips(["push"] * 4), num_samples=3, shuffled_samples=2)
     assert result["overall"]["shuffled_actions"]["change"] == pytest.approx({"psnr": 0.0, "ssim": 0.0, "mse": 0.0})
     assert result["overall"]["shuffled_actions"]["mse_ratio"] == pytest.approx(1.0)
 
 
 def test_best_and_mean_of_several_samples(measured: Measured) -> None:
     one, many = (
-        measured(Integrator(noise=0.05), MemoryClips(["push"] * 3), num_samples=count)["overall"] for count in (1, 8)
+        measured(Integrator(noise=0.04), MemoryClips(["push"] * 3), num_samples=count)["overall"] for count in (1, 8)
     )
     assert many["model"]["psnr"] > one["model"]["psnr"]
     assert many["model"]["mse"] < one["model"]["mse"] == pytest.approx(one["mean_of_samples"]["mse"])
@@ -98,7 +98,7 @@ def numbers(result: dict[str, Any]) -> dict[str, Any]:
 def test_the_seed_decides_and_runs_differ(measured: Measured) -> None:
     clips = MemoryClips(["push"] * 3)
     first, again, other = (
-        measured(Integrator(noise=0.05), clips, {"seed": seed}, runs=3, num_samples=2) for seed in (1, 1, 2)
+        measured(Integrator(noise=0.04), clips, {"seed": seed}, runs=3, num_samples=2) for seed in (1, 1, 2)
     )
     assert numbers(first) == numbers(again)
     assert first["overall"]["model"] != other["overall"]["model"]
@@ -113,15 +113,15 @@ def test_the_seed_decides_and_runs_differ(measured: Measured) -> None:
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 100])
 def test_the_batch_size_changes_no_random_number(batch_size: int, measured: Measured) -> None:
     clips = MemoryClips(["push", "lift", "push", "push", "lift"])
-    given = measured(Integrator(noise=0.05), clips, {"batch_size": batch_size}, num_samples=4, runs=2)
-    usual = measured(Integrator(noise=0.05), clips, num_samples=4, runs=2)
+    given = measured(Integrator(noise=0.04), clips, {"batch_size": batch_size}, num_samples=4, runs=2)
+    usual = measured(Integrator(noise=0.04), clips, num_samples=4, runs=2)
     assert given["overall"]["runs"]["mse"] == pytest.approx(usual["overall"]["runs"]["mse"], rel=1e-5)
     for ours, theirs in zip(given["videos"], usual["videos"], strict=True):
         assert ours["best"]["psnr"] == pytest.approx(theirs["best"]["psnr"], rel=1e-5)
 
 
 def test_no_more_samples_than_the_batch_size_are_rolled_out_at_once(measured: Measured) -> None:
-    model = Integrator(noise=0.05)
+    model = Integrator(noise=0.04)
     measured(model, MemoryClips(["push"] * 2), {"batch_size": 8}, num_samples=20)
     assert {len(call["generator"]) for call in model.calls} == {8, 4, 1}  # chunks, the rest, shuffled actions
 

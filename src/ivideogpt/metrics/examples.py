@@ -61,8 +61,8 @@ class Examples:
 
 
 def choose(result: Mapping[str, Any], metric: str) -> tuple[list[int], list[int], int]:
-    """Numbers of the best videos, of the worst and of the one in the middle, by their means over runs."""
-    values = [float(np.mean(video["best"][metric])) for video in result["videos"]]
+    """Numbers of the best videos, of the worst and of the one in the middle, by run 0."""
+    values = [float(video["best"][metric][0]) for video in result["videos"]]
     order = sorted(range(len(values)), key=values.__getitem__, reverse=HIGHER_IS_BETTER[metric])
     count = min(SHOWN, max(1, len(order) // 2))
     return order[:count], order[::-1][: min(count, len(order) - count)], order[len(order) // 2]
@@ -114,6 +114,7 @@ def _roll(work: Work, result: Mapping[str, Any], number: int, metric: str) -> Sh
     )
 
 
+@torch.inference_mode()
 def entropy_map(model: Any, tokens: Tensor, actions: Tensor | None) -> np.ndarray | None:
     """Entropy (F, g, g) in bits of the model's distribution at each token of the predicted frames, as it was drawn.
 
@@ -125,10 +126,8 @@ def entropy_map(model: Any, tokens: Tensor, actions: Tensor | None) -> np.ndarra
         actions: (1, T, A).
     """
     layout = model.layout
-    frames, side = (
-        layout.num_frames(tokens.shape[1]) - layout.context_length,
-        math.isqrt(layout.dynamics_tokens_per_frame),
-    )
+    frames = layout.num_frames(tokens.shape[1]) - layout.context_length
+    side = math.isqrt(layout.dynamics_tokens_per_frame)
     if side**2 != layout.dynamics_tokens_per_frame:
         return None
     logits = model(tokens, actions).logits[0]  # (L, V): position p tells of token p + 1

@@ -27,7 +27,7 @@ from ivideogpt.metrics.terminal import number, signed, times
 ERROR_GAIN = 3
 """A good prediction's error is hard to see at its true brightness."""
 HEAT = ((13, 8, 60), (110, 20, 120), (205, 60, 80), (250, 155, 50), (252, 245, 160))
-"""Colours of an entropy map, from sure to unsure; they grow lighter, so that they are told apart without colours too."""
+"""Colours of an entropy map, from sure to unsure; they grow lighter, so that grey tells them apart too."""
 CELL = 64
 """Pixels of a frame in an entropy map."""
 
@@ -151,13 +151,14 @@ def _tasks(result: Mapping[str, Any]) -> dict[str, Any] | None:
     if len(result["tasks"]) < 2:
         return None
     metrics = list(next(iter(result["tasks"].values()))["model"])
+    prefix = _common_folder(list(result["tasks"]))
     rows = []
     for task, entry in result["tasks"].items():
         following, reward = entry["shuffled_actions"], entry["reward"]
         correlation = None if reward is None else reward["pearson_r"]
         rows.append(
             {
-                "task": task,
+                "task": task.removeprefix(prefix),
                 "clips": entry["clips"],
                 "values": [
                     {
@@ -174,6 +175,16 @@ def _tasks(result: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"metrics": [LABELS.get(metric, metric) for metric in metrics], "rows": rows}
 
 
+def _common_folder(names: Sequence[str]) -> str:
+    """What all names begin with, up to a slash."""
+    shared = ""
+    for level in zip(*(name.split("/")[:-1] for name in names), strict=False):
+        if len(set(level)) > 1:
+            break
+        shared += f"{level[0]}/"
+    return shared
+
+
 def _curves(overall: Mapping[str, Any]) -> list[dict[str, str]]:
     curves, found = overall["curves"], []
     for metric, values in curves["model"].items():
@@ -186,7 +197,7 @@ def _curves(overall: Mapping[str, Any]) -> list[dict[str, str]]:
         band = [(float(i + 1), scale * a, scale * b) for i, (a, b) in enumerate(zip(low, high, strict=True))]
         series = [Series("last frame repeated", last, "truth"), Series("model", model, "prediction", band)]
         label = LABELS.get(metric, metric) + (" × 1000" if scale > 1 else "")
-        found.append({"label": label, "chart": line_chart(series, "predicted frame", 460, 190)})
+        found.append({"label": label, "chart": line_chart(series, "predicted frame", 380, 190)})
     return found
 
 
@@ -242,13 +253,13 @@ def _entropy_cards(examples: Examples | None, protocol: EvaluationProtocol) -> d
             cells = np.asarray(Image.fromarray(_coloured(bits / top)).resize((CELL, CELL), Image.Resampling.NEAREST))
             grey = picture.mean(-1, keepdims=True).repeat(3, axis=-1)
             rows.append(np.concatenate([picture, (0.35 * grey + 0.65 * cells).astype(np.uint8)], axis=0))
-        mean = [(float(i + 1), float(bits.mean())) for i, bits in enumerate(entropy)]
         cards.append(
             {
                 "name": name,
                 "key": f"{video.key}, frame {video.start} on",
                 "strip": data_uri(png_bytes(np.concatenate(rows, axis=1)), "image/png"),
-                "chart": line_chart([Series("mean entropy", mean, "prediction")], "predicted frame", 460, 120),
+                "mean": f"{entropy.mean():.1f}",
+                "frames": [f"{bits.mean():.1f}" for bits in entropy],
             }
         )
     return {"cards": cards, "top": f"{top:.1f}"}
