@@ -126,9 +126,11 @@ def test_overrides_may_stand_behind_options(monkeypatch: pytest.MonkeyPatch) -> 
     calls = []
     monkeypatch.setattr(recipes, "run", lambda *words, **options: calls.append((words, options)))
     assert call("run", "r.yaml", "a=1", "--print-config", "b.c=-2", "--trust") == 0
-    assert calls == [(("r.yaml", ["a=1", "b.c=-2"]), {"trust": True, "print_config": True})]
+    assert calls == [(("r.yaml", ["a=1", "b.c=-2"]), {"trust": True, "print_config": True, "revision": None})]
     assert cli.lightning_main(["run", "r.yaml", "a=1"]) == 0
-    assert calls[1] == (("r.yaml", ["a=1"]), {"trust": False, "print_config": False})
+    assert calls[1] == (("r.yaml", ["a=1"]), {"trust": False, "print_config": False, "revision": None})
+    assert cli.lightning_main(["run", "someone/mine-v1.0", "a=1", "--revision", "v1"]) == 0  # a model on the Hub
+    assert calls[2] == (("someone/mine-v1.0", ["a=1"]), {"trust": False, "print_config": False, "revision": "v1"})
 
 
 # predict and evaluate

@@ -63,8 +63,9 @@ def test_it_holds_recipes_data_and_entries(wheel: Path) -> None:
         assert f"ivideogpt/assets/data/metaworld/{split}/manifest.json" in names
     for file in ("tokenizer/diffusion_pytorch_model.safetensors", "transformer/model.safetensors"):
         assert f"ivideogpt/assets/models/ivideogpt-metaworld-nano/{file}" in names
-    assert "ivideogpt/_model_cards/TEMPLATE.md" in names
-    assert any(name.startswith("ivideogpt/zoo/entries/") and name.endswith(".yaml") for name in names)
+    cards = {path.relative_to(ROOT / "model_cards").as_posix() for path in (ROOT / "model_cards").rglob("*.*")}
+    assert {"TEMPLATE.md", "ivideogpt-oxe-64-act-free.yaml"} < cards
+    assert not {f"ivideogpt/_model_cards/{name}" for name in cards} - names
     assert not [name for name in names if name.startswith(("tests/", "recipes/"))]
 
 

@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "adapt": ("ivideogpt.commands.adapt", "adapt a model's tokenizer to new recordings"),
     "consolidate": ("ivideogpt.commands.consolidate", "make a model of a training checkpoint, sharded or not"),
     "zoo": ("ivideogpt.commands.zoo", "list the models that go by a name"),
-    "push": ("ivideogpt.commands.push", "upload a saved model to the Hub"),
+    "push": ("ivideogpt.commands.push", "publish a model with its recipe, results and card on the Hub"),
     "demo": ("ivideogpt.commands.demo", "fine-tune, roll out and report on the embedded recordings"),
     "doctor": ("ivideogpt.commands.doctor", "check this machine and its packages"),
 }
@@ -125,9 +125,12 @@ def lightning_main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["run"]:
         target = script_or_recipe(words[1:])
-        if target is None or Path(target).suffix in (".yaml", ".yml"):
+        suffix = "" if target is None else Path(target).suffix
+        # USER/NAME is a model on the Hub, with its recipe; none of lightning_sdk's own words has a slash
+        on_hub = target is not None and words[1] == target and target.count("/") == 1 and not Path(target).exists()
+        if target is None or suffix in (".yaml", ".yml") or (on_hub and suffix != ".py"):
             return main(words, prog="lightning")
-        if Path(target).suffix == ".py":
+        if suffix == ".py":
             return _hand_over("lightning", "fabric", words)
     try:
         return _hand_over("lightning_sdk", "lightning", words)
@@ -146,6 +149,7 @@ def lightning_main(argv: Sequence[str] | None = None) -> int:
 
 
 LIGHTNING_HELP = """usage: lightning run RECIPE.yaml [key=value ...]   run a recipe (the same as `ivideogpt run`)
+       lightning run USER/NAME [key=value ...]     run the recipe of a model on the Hub
        lightning run SCRIPT.py [args ...]          launch a script with Fabric (the same as `fabric run`)
        lightning ...                               everything else: lightning_sdk's command, where it is installed"""
 

@@ -27,7 +27,7 @@ from ivideogpt.zoo.published import Published
 from ivideogpt.zoo.side_file import check_extras
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
+    from ivideogpt.zoo.push import Evidence, Publication
 
 
 @dataclass
@@ -335,21 +335,27 @@ class WorldModel(nn.Module):
         *,
         private: bool | None = None,
         revision: str | None = None,
+        tag: str | None = None,
         commit_message: str | None = None,
         card: str | None = None,
+        evidence: Evidence | None = None,
         token: str | bool | None = None,
-    ) -> CommitInfo:
-        """Uploads the model to the Hub as one commit; see :func:`ivideogpt.zoo.hub.push_parts` for the arguments."""
-        from ivideogpt.zoo.hub import push_parts
+        dry_run: bool = False,
+    ) -> Publication:
+        """Uploads the model to the Hub as one commit; see :func:`ivideogpt.zoo.push.push_parts` for the arguments."""
+        from ivideogpt.zoo.push import push_parts
 
         return push_parts(
             self.parts,
             repo_id,
+            evidence=evidence,
             private=private,
             revision=revision,
+            tag=tag,
             commit_message=commit_message,
             card=card,
             token=token,
+            dry_run=dry_run,
         )
 
 

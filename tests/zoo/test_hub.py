@@ -1,200 +1,150 @@
-"""Sharing through a Hub: the real client against a loopback server, in a process of its own.
-
-The client reads ``HF_ENDPOINT`` when it is imported, so one script does everything and reports what it saw.
-"""
+"""Loading from a Hub: the real client, in a process of its own, against a loopback server."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = """
-import json, os, sys, warnings
-from pathlib import Path
-
-sys.path.insert(0, sys.argv[1])
-from hub_server import TOKEN, USER, Hub, serve
-
-golden, home = Path(sys.argv[2]), Path(sys.argv[3])
-report = {}
-
-def files_of(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-def error_of(call):
-    try:
-        call()
-    except ValueError as error:
-        return {"kind": type(error).__name__, "text": str(error), "cause": type(error.__cause__).__name__}
-    return None
-
-def first_weight(model):
-    return model.transformer.norm.weight[0].item()
-
-with serve() as hub:
-    os.environ |= {
-        "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "20",
-    }
-    import torch
-    torch.set_num_threads(1)
-    import ivideogpt
-    from ivideogpt.zoo.hub import resolve
-
-    warnings.simplefilter("error", UserWarning)
-    report["endpoint"] = hub.endpoint
-    published = {name: data for name, data in files_of(golden).items() if name != "golden.safetensors"}
-    published |= {"README.md": b"# card", "train.py": b"raise SystemExit", "transformer/optimizer.pt": b"pickle"}
-    hub.add("thuml/ivideogpt-oxe-64-act-free", published)
-    hub.add("someone/pickled", {"tokenizer/config.json": b"{}", "pytorch_model.bin": b"pickle"})
-    hub.add("other/secret", published, private=True)
-
-    # a zoo alias, downloaded from the repository that it stands for
-    model = ivideogpt.from_pretrained("thuml/ivideogpt-oxe")
-    folder = resolve("ivideogpt-oxe")
-    report["alias"] = {"files": sorted(files_of(folder)), "context_length": model.config.context_length}
-    count = len(hub.requests)
-    ivideogpt.from_pretrained("ivideogpt-oxe-64-act-free")
-    report["fetched again"] = [r for r in hub.requests[count:] if r.startswith("GET") and "resolve" in r]
-
-    # pushed, and loaded back by its id
-    model = ivideogpt.from_pretrained(golden.parent / "bair-64-act-cond")
-    model.extras |= {"recipe": "mine", "action_mean": [0.0] * 4, "action_std": [2.0] * 4}
-    model.published.recipe = "stages: []\\n"
-    commit = model.push_to_hub("someone/mine", private=True, commit_message="first model")
-    pushed = hub.repositories["someone/mine"]
-    report["push"] = {
-        "url": commit.commit_url, "files": sorted(pushed.files("main")[1]), "messages": list(pushed.messages),
-        "private": pushed.private, "card": pushed.files("main")[1]["README.md"].decode(),
-        "large": sorted(r for r in hub.requests if r.startswith("PUT")), "count": len(hub.large_files),
-    }
-    back = ivideogpt.from_pretrained("someone/mine")
-    report["back"] = {
-        "same": all(torch.equal(t, back.state_dict()[k]) for k, t in model.state_dict().items()),
-        "config": back.config == model.config, "extras": back.extras == model.extras,
-        "recipe": back.published.recipe,
-    }
-
-    # pushed again: the card that is there stays, a recipe that is no more goes; the first one by its tag and commit
-    first = pushed.refs["main"]
-    pushed.refs["v1"] = first
-    files = dict(pushed.files("main")[1]) | {"README.md": b"# written by hand"}
-    pushed.commit(files, "main", "card by hand")
-    model.published.recipe = None
-    with torch.no_grad():
-        model.transformer.norm.weight += 1
-    model.push_to_hub("someone/mine")
-    now = pushed.files("main")[1]
-    report["again"] = {
-        "card": now["README.md"].decode(), "recipe": "recipe.yaml" in now,
-        "main": first_weight(ivideogpt.from_pretrained("someone/mine")),
-        "v1": first_weight(ivideogpt.from_pretrained("someone/mine", revision="v1")),
-        "commit": first_weight(ivideogpt.from_pretrained("someone/mine", revision=first)),
-        "own": first_weight(model),
-    }
-    model.push_to_hub("someone/mine", card="---\\nlicense: mit\\n---\\n# mine")
-    report["own card"] = pushed.files("main")[1]["README.md"].decode()
-
-    report["errors"] = {
-        "absent": error_of(lambda: ivideogpt.from_pretrained("someone/absent")),
-        "typo": error_of(lambda: ivideogpt.from_pretrained("ivideogpt-oxe-64-act-fre")),
-        "revision": error_of(lambda: ivideogpt.from_pretrained("someone/mine", revision="v9")),
-        "pickled": error_of(lambda: ivideogpt.from_pretrained("someone/pickled")),
-        "alias": error_of(lambda: ivideogpt.from_pretrained("ivideogpt-robonet-64-act-cond")),
-        "no id": error_of(lambda: ivideogpt.from_pretrained("a/b/c")),
-    }
-    os.environ["HF_TOKEN"] = "hf_wrong"
-    report["errors"]["secret"] = error_of(lambda: ivideogpt.from_pretrained("other/secret"))
-
-# the server has gone
-report["errors"]["offline"] = error_of(lambda: ivideogpt.from_pretrained("thuml/ivideogpt-bair-64-act-free"))
-report["cached"] = ivideogpt.from_pretrained("thuml/ivideogpt-oxe").config.context_length
-print(json.dumps(report))
-"""
-
-
-@pytest.fixture(scope="module")
-def report(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    home = tmp_path_factory.mktemp("hub")
-    arguments = [str(Path(__file__).parent), str(shared / "golden" / "oxe-64-act-free"), str(home)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments],
-        capture_output=True, text=True, timeout=280, check=False, env=environment, cwd=home,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    return {**json.loads(run.stdout), "home": str(home)}
-
+from tests.zoo.conftest import files_of
+from tests.zoo.hub_client import ClientError, HubClient
+from tests.zoo.hub_server import READ_TOKEN, Hub
 
 CHECKPOINT = [
     "tokenizer/config.json", "tokenizer/diffusion_pytorch_model.safetensors", "transformer/config.json",
     "transformer/model.safetensors",
 ]  # fmt: skip
+OXE = "thuml/ivideogpt-oxe-64-act-free"
+LOAD = "wm = ivideogpt.from_pretrained(name)\nresult = wm.transformer.norm.weight[0].item()"
+FILES = """
+from ivideogpt.zoo.hub import resolve
+folder = resolve(name)
+result = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+"""
 
 
-def test_the_oxe_alias_fetches_the_checkpoint_and_nothing_else(report: dict[str, Any]) -> None:
-    expected = sorted([*CHECKPOINT, "README.md", "transformer/generation_config.json"])  # no train.py, no .pt
-    assert report["alias"] == {"files": expected, "context_length": 2}
-    assert report["fetched again"] == []
+def test_the_oxe_alias_fetches_the_checkpoint_and_nothing_else(
+    hub: Hub, client: HubClient, published: dict[str, bytes]
+) -> None:
+    hub.add(OXE, {**published, "README.md": b"# card", "train.py": b"raise SystemExit", "optimizer.pt": b"pickle"})
+    code = 'wm = ivideogpt.from_pretrained("thuml/ivideogpt-oxe")\nresult = wm.config.context_length'
+    assert client.run(code) == 2
+    assert client.run(FILES, name="ivideogpt-oxe") == sorted([*CHECKPOINT, "README.md"])  # no train.py, no .pt
+    count = len(hub.requests)
+    client.run(LOAD, name="ivideogpt-oxe-64-act-free")
+    assert not [request for request in hub.requests[count:] if request.startswith("GET") and "resolve" in request]
 
 
-def test_a_pushed_model_holds_everything(report: dict[str, Any]) -> None:
-    pushed = report["push"]
-    assert pushed["files"] == sorted([".gitattributes", *CHECKPOINT, "README.md", "ivideogpt.json", "recipe.yaml"])
-    assert pushed["messages"] == ["first", "first model"]  # one commit for all of it
-    assert pushed["private"]
-    assert len(pushed["large"]) == pushed["count"] == 2
-    assert pushed["url"].startswith(report["endpoint"] + "/someone/mine/commit/")
-    assert "library_name: ivideogpt" in pushed["card"]
-    assert 'from_pretrained("someone/mine")' in pushed["card"]
-    assert "Not evaluated" in pushed["card"]
+def test_a_golden_checkpoint_of_the_authors_layout(
+    shared: Path, hub: Hub, new_client: Callable[..., HubClient]
+) -> None:
+    files = {n: d for n, d in files_of(shared / "golden" / "oxe-64-act-free").items() if n != "golden.safetensors"}
+    hub.add(OXE, files)
+    code = """
+    wm = ivideogpt.from_pretrained("thuml/ivideogpt-oxe")
+    video = wm.rollout(torch.rand(1, 2, 3, 64, 64), horizon=2, temperature=0).video
+    result = [list(video.shape), bool(video.isfinite().all())]
+    """
+    assert new_client().run(code) == [[1, 4, 3, 64, 64], True]
 
 
-def test_a_pushed_model_comes_back(report: dict[str, Any]) -> None:
-    assert report["back"] == {"same": True, "config": True, "extras": True, "recipe": "stages: []\n"}
-
-
-def test_pushing_again(report: dict[str, Any]) -> None:
-    again = report["again"]
-    assert again["card"] == "# written by hand"
-    assert not again["recipe"]
-    assert again["main"] == again["own"] == again["v1"] + 1
-    assert again["commit"] == again["v1"]
-    assert report["own card"].endswith("# mine")
+def test_revisions_are_branches_tags_and_commits(
+    hub: Hub, client: HubClient, tiny_world_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    versions = []
+    for seed in (0, 1, 2):
+        model = tiny_world_model(seed=seed)
+        model.transformer.norm.weight.data[0] = seed + 1.0
+        versions.append(files_of(model.save_pretrained(tmp_path / str(seed))))
+    repository = hub.add("someone/versions", versions[0])
+    first = repository.branches["main"]
+    repository.tags["v1"] = first
+    repository.branches["trial"] = first
+    repository.commit(versions[1], "trial", "on a branch")
+    repository.commit(versions[2], "main", "third")
+    code = "wm = ivideogpt.from_pretrained(name, revision=at)\nresult = wm.transformer.norm.weight[0].item()"
+    found = [client.run(code, name="someone/versions", at=at) for at in (None, "main", "v1", first, "trial")]
+    assert found == [3.0, 3.0, 1.0, 1.0, 2.0]
+    with pytest.raises(ClientError, match="'someone/versions' at revision 'v9'.*not revision 'v9'") as caught:
+        client.run(code, name="someone/versions", at="v9")
+    assert caught.value.kind == "ModelNotFoundError"
 
 
 @pytest.mark.parametrize(
-    ("case", "parts"),
+    ("token", "message"),
     [
-        ("absent", ["'someone/absent'", "has no such repository, or it is private", "hf auth login"]),
-        ("typo", ["did you mean 'ivideogpt-oxe-64-act-free'?", "the Hub repository 'ivideogpt-oxe-64-act-fre'"]),
-        ("revision", ["'someone/mine' at revision 'v9'", "has the repository, but not revision 'v9'"]),
-        ("pickled", ["has no tokenizer/diffusion", "never loaded because they can run any code", "pytorch_model.bin"]),
-        ("alias", ["zoo name stands for, the Hub repository 'thuml/ivideogpt-robonet-64-act-cond': "]),
-        ("no id", ["'a/b/c'", "is no valid id"]),
-        ("secret", ["'other/secret'", "it is private and you are not logged in"]),
-        ("offline", ["'thuml/ivideogpt-bair-64-act-free'", "could not be reached (ConnectError", "does not hold it"]),
+        ("hf_loopbacktoken", None),
+        (READ_TOKEN, None),
+        ("hf_wrongwrongwrong", "has no such repository, or it is private and you are not logged in"),
+        (None, "has no such repository, or it is private and you are not logged in .`hf auth login`"),
+    ],
+)
+def test_private_repositories(
+    token: str | None,
+    message: str | None,
+    hub: Hub,
+    new_client: Callable[..., HubClient],
+    published: dict[str, bytes],
+) -> None:
+    hub.add("other/secret", published, private=True)
+    one = new_client(token=token)
+    if message is None:
+        assert one.run(LOAD, name="other/secret") == 1.0
+        return
+    with pytest.raises(ClientError, match=message):
+        one.run(LOAD, name="other/secret")
+    assert not [path for path in one.home.rglob("*") if path.suffix == ".safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("someone/absent", ["'someone/absent'", "has no such repository, or it is private", "hf auth login"]),
+        (
+            "ivideogpt-oxe-64-act-fre",
+            ["did you mean 'ivideogpt-oxe-64-act-free'?", "the Hub repository 'ivideogpt-oxe-64-act-fre'"],
+        ),
+        (
+            "ivideogpt-robonet-64-act-cond",
+            ["zoo name stands for, the Hub repository 'thuml/ivideogpt-robonet-64-act-cond': "],
+        ),
+        ("a/b/c", ["'a/b/c'", "is no valid id"]),
     ],
 )
 def test_errors_say_what_was_looked_for_where_and_what_to_do(
-    report: dict[str, Any], case: str, parts: list[str]
+    name: str, parts: list[str], hub: Hub, client: HubClient
 ) -> None:
-    error = report["errors"][case]
-    assert error is not None
-    assert error["kind"] == "ModelNotFoundError"
-    for part in [report["endpoint"], *parts]:
-        assert part in error["text"]
-    if case != "pickled":
-        assert "from_pretrained('./FOLDER')" in error["text"]
-    if case == "offline":
-        assert report["home"] in error["text"]  # the cache
+    with pytest.raises(ClientError) as caught:
+        client.run(LOAD, name=name)
+    assert caught.value.kind == "ModelNotFoundError"
+    for part in [hub.endpoint, *parts, "from_pretrained('./FOLDER')"]:
+        assert part in str(caught.value)
 
 
-def test_what_is_cached_works_offline(report: dict[str, Any]) -> None:
-    assert report["cached"] == 2
+def test_what_is_cached_works_without_the_hub(
+    hub: Hub, new_client: Callable[..., HubClient], published: dict[str, bytes]
+) -> None:
+    hub.add("someone/cached", published)
+    assert new_client().run(LOAD, name="someone/cached") == 1.0
+    home = new_client().home.parent / "home-0"
+    offline = new_client(home=home, HF_ENDPOINT="http://127.0.0.1:9")
+    assert offline.run(LOAD, name="someone/cached") == 1.0
+    with pytest.raises(ClientError, match="could not be reached.*does not hold it") as caught:
+        offline.run(LOAD, name="thuml/ivideogpt-bair-64-act-free")
+    assert str(home) in str(caught.value)  # the cache
+    declared = new_client(home=home, HF_HUB_OFFLINE="1")
+    assert declared.run(LOAD, name="someone/cached") == 1.0
+
+
+def test_the_command_downloads(hub: Hub, client: HubClient, published: dict[str, bytes], tmp_path: Path) -> None:
+    hub.add(OXE, published)
+    code = "from ivideogpt.cli import main\nresult = main(words)"
+    assert client.run(code, words=["zoo", "download", "ivideogpt-oxe"]) == 0
+    assert Path(client.printed.strip()).is_dir()
+    out = tmp_path / "copy"
+    assert client.run(code, words=["zoo", "download", OXE, "--out", str(out)]) == 0
+    assert files_of(out) == published
+    assert client.run(code, words=["zoo", "download", "ivideogpt-metaworld-nano", "--out", str(tmp_path / "nano")]) == 0
+    assert client.run("result = ivideogpt.from_pretrained(f).config.action_dim", f=str(tmp_path / "nano")) == 4

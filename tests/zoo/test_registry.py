@@ -1,8 +1,7 @@
-"""The zoo's entries, names and cards."""
+"""The zoo's entries and names."""
 
 from __future__ import annotations
 
-import json
 import socket
 import subprocess
 import sys
@@ -10,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
 from torch import nn
 
 import ivideogpt
 from ivideogpt.config import TokenizerConfig, TransformerConfig, WorldModelConfig
 from ivideogpt.models import CompressiveTokenizer, RewardHead, Transformer
-from ivideogpt.zoo import card
 from ivideogpt.zoo.hub import ModelNotFoundError, resolve
-from ivideogpt.zoo.registry import entries, find_entry, list_models
+from ivideogpt.zoo.registry import cards_folder, entries, find_entry, list_models
 from ivideogpt.zoo.tensors import build_on_meta
 
 PUBLISHED = [
@@ -32,11 +29,17 @@ def test_all_published_checkpoints_are_entries() -> None:
     assert [entry.name for entry in entries().values() if entry.hub_id] == PUBLISHED
     assert ivideogpt.list_models() == sorted([*PUBLISHED, "ivideogpt-metaworld-nano"])
     assert list_models("*bair*") == PUBLISHED[:2]
+    assert list_models("*act-cond*") == [name for name in PUBLISHED if "act-cond" in name]
     for entry in entries().values():
         assert entry.licence == "mit"
         assert entry.hub_id in (f"thuml/{entry.name}", None)
         assert entry.summary.endswith(".")
         assert all(set(row) == {"benchmark", "metric", "value", "protocol"} for row in entry.authors_results)
+        assert entry.data
+        assert all(set(row) - {"hub_id"} == {"name", "url", "licence"} for row in entry.data)
+        assert entry.base_model is None or entry.base_model in entries()
+        assert entry.recipe is None or (cards_folder().parent / entry.recipe).is_file()
+        assert entry.limits
 
 
 @pytest.mark.parametrize("name", ["thuml/ivideogpt-oxe", "ivideogpt-oxe", "ivideogpt-oxe-64-act-free"])
@@ -107,48 +110,6 @@ def test_the_embedded_model_needs_no_network(monkeypatch: pytest.MonkeyPatch) ->
     counts = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
     assert counts == entry.parameters
     assert sum(path.stat().st_size for path in entry.folder.rglob("*") if path.is_file()) <= 24 * 2**20
-
-
-# cards
-
-
-def test_rendered_cards_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
-    assert card.main(["--check"]) == 0, f"run `python -m ivideogpt.zoo.card`:\n{capsys.readouterr().out}"
-
-
-@pytest.mark.parametrize("name", [*PUBLISHED, "ivideogpt-metaworld-nano"])
-def test_cards_have_metadata_that_the_hub_reads(name: str) -> None:
-    text = card.entry_card(entries()[name])
-    data: Any = ModelCard(text).data
-    assert (data.license, data.library_name) == ("mit", "ivideogpt")
-    assert "Not evaluated by this project" in text
-    for row in entries()[name].authors_results:
-        assert f"| {row['benchmark']} | {row['metric']} | {row['value']} |" in text
-    assert ("Published by the authors" in text) == bool(entries()[name].authors_results)
-    assert f'from_pretrained("{name}")' in text
-
-
-def test_measured_numbers_come_from_the_results_file(tmp_path: Path) -> None:
-    results: dict[str, Any] = {
-        "tasks": {"plate-slide": {"psnr": 31.2345678, "ssim": 0.9, "frames": 10}, "hammer": {"psnr": 29.0}},
-        "seed": 3,
-        "command": "ivideogpt evaluate a|b",
-    }
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "ivideogpt-metaworld-nano.json").write_text(json.dumps(results))
-    assert card.main(["--folder", str(tmp_path), "--check"]) == 1
-    assert not list(tmp_path.glob("*.md"))
-    assert card.main(["--folder", str(tmp_path)]) == 0
-    assert card.main(["--folder", str(tmp_path), "--check"]) == 0
-    text = (tmp_path / "ivideogpt-metaworld-nano.md").read_text()
-    assert "| task | psnr | ssim | frames |\n|---|---|---|---|\n| plate-slide | 31.23 | 0.9 | 10 |\n" in text
-    assert "| hammer | 29 | - | - |" in text
-    assert "- seed: 3\n- command: ivideogpt evaluate a\\|b\n" in text
-    assert "Not evaluated" not in text
-    data: Any = ModelCard(text).data
-    assert next((r.dataset_name, r.metric_type, r.metric_value) for r in data.eval_results) == (
-        "plate-slide", "psnr", 31.2345678,
-    )  # fmt: skip
 
 
 def test_the_zoo_is_listed_without_torch() -> None:

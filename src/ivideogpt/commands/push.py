@@ -1,4 +1,4 @@
-"""`ivideogpt push FOLDER USER/NAME`: uploads a saved world model to the Hub."""
+"""`ivideogpt push RUN_OR_FOLDER USER/NAME`: publishes a model with its recipe, results and card on the Hub."""
 
 from __future__ import annotations
 
@@ -11,25 +11,45 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command and its options."""
     parser = subparsers.add_parser(
         "push",
-        help="upload a saved model to the Hub",
-        description="Uploads safetensors, configurations, the resolved recipe and a model card as one commit. Log in"
-        " first with `hf auth login`.",
+        help="publish a model with its recipe, results and card on the Hub",
+        description="Uploads safetensors, configurations, the resolved recipe, results, an animation and a model card"
+        " as one commit. Training checkpoints, logs and paths of this machine stay here; a secret in a file stops it."
+        " The same push again does nothing; an interrupted one goes on. Log in first with `hf auth login`.",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="a folder that a recipe or `save_pretrained` wrote")
+    parser.add_argument("folder", metavar="RUN_OR_FOLDER", help="output of a recipe, or what `save_pretrained` wrote")
     parser.add_argument("repo_id", metavar="USER/NAME", help="repository; made if it does not exist")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", help="branch, which must exist")
+    parser.add_argument("--dry-run", action="store_true", help="show what would go there, and upload nothing")
+    parser.add_argument("--revision", help="branch (default: main); made if it does not exist")
+    parser.add_argument("--tag", help="name for the commit, such as v1.0")
     parser.add_argument("--message", help="commit message")
+    parser.add_argument(
+        "--licence", metavar="SPDX", help="of the weights, such as mit (default: that of the base model)"
+    )
+    parser.add_argument(
+        "--dataset", action="append", default=[], metavar="ID", help="a data set on the Hub, to be linked"
+    )
+    parser.add_argument(
+        "--results", action="append", default=[], metavar="FILE", help="results beside those of the recipe"
+    )
+    parser.add_argument(
+        "--gif", metavar="FILE", help="animation for the card (default: that of the recipe's evaluation)"
+    )
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Loads the model, which checks it, and uploads it."""
-    if not Path(args.folder).is_dir():
-        raise ValueError(f"{args.folder} is no folder; give one that a recipe or `save_pretrained` wrote")
-    import ivideogpt
+    from ivideogpt.recipes.publishing import PublishSettings, describe, publish
 
-    commit = ivideogpt.from_pretrained(Path(args.folder)).push_to_hub(
-        args.repo_id, private=args.private or None, revision=args.revision, commit_message=args.message
+    settings = PublishSettings(args.repo_id, args.private, args.revision, args.tag, args.licence, args.dataset)
+    publication = publish(
+        args.folder,
+        settings,
+        results=[Path(path) for path in args.results],
+        rollout=Path(args.gif) if args.gif else None,
+        message=args.message,
+        dry_run=args.dry_run,
     )
-    print(commit)
+    for line in describe(publication):
+        print(line)

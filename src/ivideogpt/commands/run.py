@@ -15,13 +15,16 @@ def add_parser(subparsers: Any) -> None:
         " goes on where it stopped.",
     )
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that the package carries"
+        "recipe",
+        metavar="RECIPE",
+        help="a YAML file, the name of a recipe that the package carries, or USER/NAME on the Hub, whose recipe it is",
     )
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="replace any value of the recipe")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument(
         "--trust", action="store_true", help="allow classes from outside this package, lightning and torch"
     )
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.set_defaults(func=run)
 
 
@@ -32,4 +35,4 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{word!r} is not KEY=VALUE; the words after the recipe replace its values")
     from ivideogpt import recipes
 
-    recipes.run(args.recipe, args.overrides, trust=args.trust, print_config=args.print_config)
+    recipes.run(args.recipe, args.overrides, trust=args.trust, print_config=args.print_config, revision=args.revision)

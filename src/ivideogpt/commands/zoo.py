@@ -1,9 +1,10 @@
-"""`ivideogpt zoo`: lists the models that go by a name, or shows all that is known about one."""
+"""`ivideogpt zoo`: lists the models that go by a name, shows all that is known about one, or fetches one."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -19,13 +20,22 @@ def add_parser(subparsers: Any) -> None:
     listing.add_argument("pattern", nargs="?", default="*", help="shell pattern, such as '*bair*'")
     show = actions.add_parser("show", help="show one entry")
     show.add_argument("name", help="zoo name or alias")
+    download = actions.add_parser("download", help="fetch a model, so that it loads without a network")
+    download.add_argument("name", help="zoo name, alias or Hub id")
+    download.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    download.add_argument("--out", metavar="FOLDER", help="copy it there (default: it stays in the Hub's cache)")
     parser.set_defaults(func=run, pattern="*")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the list or the entry."""
+    """Prints the list or the entry, or fetches a model and prints its folder."""
     if args.action == "show":
         _show(args.name)
+    elif args.action == "download":
+        from ivideogpt.zoo.hub import copy_to, resolve
+
+        folder = resolve(args.name, args.revision)
+        print(folder if args.out is None else copy_to(folder, Path(args.out)))
     else:
         _list(args.pattern)
 

@@ -16,7 +16,7 @@ import yaml
 
 Node = dict[str, Any]
 
-RECIPE_KEYS = ("name", "description", "seed", "output", "on_change", "base", "defaults", "stages")
+RECIPE_KEYS = ("name", "description", "seed", "output", "on_change", "base", "defaults", "stages", "publish")
 STAGE_KEYS = ("module", "data", "trainer")
 ON_CHANGE = ("error", "rerun", "continue")
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")

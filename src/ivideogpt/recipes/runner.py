@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ivideogpt.recipes import foreign
+from ivideogpt.recipes.foreign import is_hub_id
 from ivideogpt.recipes.reading import Node, dump_yaml, nearest, read_file, resolve
 
 
@@ -45,14 +47,33 @@ def find(path_or_name: str | os.PathLike[str]) -> Path:
     raise ValueError(f"there is no recipe {text!r}, neither as a file nor in the package; {nearest(path.stem, names)}")
 
 
-def load(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = (), trust: bool = False) -> Node:
+def read(path_or_name: str | os.PathLike[str], trust: bool = False, revision: str | None = None) -> Node:
+    """The recipe of a file, of a name, or of a Hub repository (``user/name``, at a revision), as it was written.
+
+    Raises:
+        ValueError: if there is none, or that of a repository says what only who runs it may say.
+    """
+    if is_hub_id(path_or_name):
+        return foreign.fetch(os.fspath(path_or_name), revision, trust)
+    if revision is not None:
+        raise ValueError(f"revision {revision!r} was given, but {os.fspath(path_or_name)!r} is no Hub repository")
+    return read_file(find(path_or_name))
+
+
+def load(
+    path_or_name: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    trust: bool = False,
+    revision: str | None = None,
+) -> Node:
     """The resolved and checked recipe; nothing is built or run.
 
     Raises:
         ValueError: naming what is wrong, where, and the nearest right one.
     """
-    recipe = resolve(read_file(find(path_or_name)), overrides)
+    recipe = resolve(read(path_or_name, trust, revision), overrides)
     from ivideogpt.recipes.checking import check_stage  # takes seconds, which a mistyped key need not wait for
+    from ivideogpt.recipes.publishing import publish_settings
 
     names = list(recipe["stages"])
     for index, name in enumerate(names):
@@ -60,6 +81,8 @@ def load(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = (), tr
         recipe["stages"][name] = check_stage(
             stage, f"stages.{name}", recipe["seed"], trust, earlier=names[:index], later=names[index:]
         )
+    if recipe.get("publish") is not None:
+        publish_settings(recipe["publish"])
     return recipe
 
 
@@ -68,15 +91,19 @@ def run(
     overrides: Sequence[str] = (),
     trust: bool = False,
     print_config: bool = False,
+    revision: str | None = None,
 ) -> Path | None:
     """Runs a recipe's stages one after another; finished ones are skipped, an interrupted one is resumed.
 
+    Where the recipe has a ``publish``, its model goes to the Hub at the end, with its results and its card.
+
     Args:
-        path_or_name: a YAML file, or the name of a recipe of the package.
+        path_or_name: a YAML file, the name of a recipe of the package, or a Hub repository that holds a recipe.
         overrides: ``key=value``, dotted; they replace any value, such as ``stages.tokenizer.trainer.max_steps=100``.
             ``stages.`` and ``init_args`` may be left out; ``trainer.devices=8`` is ``defaults.trainer.devices=8``.
         trust: allow classes from anywhere, which can run any code.
         print_config: print the resolved recipe and do nothing.
+        revision: branch, tag or commit of the Hub repository.
 
     Returns:
         The output folder, None with ``print_config``.
@@ -85,15 +112,16 @@ def run(
         ValueError: if the recipe, an override or an earlier result does not fit.
         OSError: if something cannot be read or written.
     """
-    recipe = load(path_or_name, overrides, trust)
+    recipe = load(path_or_name, overrides, trust, revision)
     text = dump_yaml(recipe)
     if print_config:
         print(text, end="")
         return None
-    # where it was run is nobody's business who gets the weights
-    text = dump_yaml({key: value for key, value in recipe.items() if key not in ("output", "on_change")})
+    # where it was run and published is nobody's business who gets the weights
+    text = dump_yaml({key: value for key, value in recipe.items() if key not in ("output", "on_change", "publish")})
     from rich.console import Console
 
+    from ivideogpt.recipes.publishing import describe, publish, publish_settings
     from ivideogpt.recipes.results import write_text
     from ivideogpt.recipes.stage import Stage, compose_model, is_finished
 
@@ -127,6 +155,9 @@ def run(
         if first:
             write_text(output / "recipe.yaml", text)
         _leave_group()
+        if first and recipe.get("publish") is not None:
+            for line in describe(publish(output, publish_settings(recipe["publish"]))):
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
     return output
 
 

@@ -1,38 +1,45 @@
-"""Model cards, rendered from ``model_cards/TEMPLATE.md``, a zoo entry and the JSON file of measured results.
+"""Model cards, rendered from ``model_cards/TEMPLATE.md``, a zoo entry and the JSON files of measured results.
 
 ``python -m ivideogpt.zoo.card`` renders one card per zoo entry into the repository's ``model_cards/``; with ``--check``
-it only says which are out of date. A measured number comes from ``model_cards/results/NAME.json`` and from nowhere
-else; where there is none the card says "not evaluated". The authors' numbers are marked as theirs.
+it only says which are out of date. A measured number comes from ``model_cards/results/*.json`` and from nowhere else;
+where there is none the card says "not evaluated". The authors' numbers are marked as theirs.
 """
 
 from __future__ import annotations
 
 import argparse
+import html
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from ivideogpt.zoo.published import read_json
-from ivideogpt.zoo.registry import ZooEntry, entries
+from ivideogpt.zoo.card_results import CardResults, read_card_results
+from ivideogpt.zoo.registry import ZooEntry, cards_folder, entries, find_entry
 
 if TYPE_CHECKING:
     from ivideogpt.zoo.checkpoint import Parts
 
-_PACKAGE = Path(__file__).parents[1]
-_CARDS = _PACKAGE.parents[1] / "model_cards"
-_TEMPLATES = (_CARDS / "TEMPLATE.md", _PACKAGE / "_model_cards" / "TEMPLATE.md")  # of a checkout, of a wheel
+CARD = "README.md"
+"""Name of a card in a repository."""
+MARKER = "<!-- Rendered by ivideogpt. A card without this line was written by hand, and pushing keeps it. -->"
 _TAGS = ["world-model", "video-prediction", "robotics", "ivideogpt"]
+_ACTIVE = re.compile(
+    r"<\s*/?\s*(script|iframe|object|embed|form|base|style|link|meta|svg)\b|<[^>]*\son\w+\s*=|(javascript|vbscript)\s*:"
+    r"|data\s*:\s*text/html|!!python/",
+    re.IGNORECASE,
+)
 
 
-def entry_card(entry: ZooEntry, results: dict[str, Any] | None = None) -> str:
+def entry_card(entry: ZooEntry, results: Sequence[CardResults] = ()) -> str:
     """Model card of a zoo entry.
 
     Args:
         entry: of the registry.
-        results: what an evaluation wrote: ``tasks`` maps a task to its metrics, everything else says how it was done
-            (seed, command, ...). None for a model that was not evaluated.
+        results: of its evaluations; none for a model that was not evaluated.
     """
     facts: dict[str, Any] = {
         "Resolution": f"{entry.resolution} x {entry.resolution}",
@@ -40,140 +47,194 @@ def entry_card(entry: ZooEntry, results: dict[str, Any] | None = None) -> str:
         "Actions": f"{entry.action_dim} numbers a frame" if entry.action_dim else "none",
         "Rewards": "predicted" if entry.rewards else "none",
         "Parameters": ", ".join(f"{part} {count:,}" for part, count in entry.parameters.items()) or "not counted",
-        "Trained on": entry.data,
+        "Licence of the weights": entry.licence.upper(),
         "Input": entry.preprocessing,
         "Source": entry.source,
-        "Recipe": f"`{entry.recipe}`" if entry.recipe else "that of the authors",
     }
+    trained_here = entry.hub_id is None
+    recipe = f"`{entry.recipe}`" if entry.recipe else "none in this project"
     return _render(
         title=entry.name,
         load_name=entry.name,
         summary=entry.summary,
-        licence=entry.licence,
         facts=facts,
         context_shape=(entry.context_length, 3, entry.resolution, entry.resolution),
         action_dim=entry.action_dim,
-        results=results or {},
+        data=entry.data,
+        training={
+            "Started from": f"`{entry.base_model}`" if entry.base_model else "nothing",
+            "Recipe": recipe if trained_here else f"that of the authors; {recipe} is this project's after it",
+            "Compute": entry.compute,
+        },
+        results=results,
         authors_results=entry.authors_results,
+        limits=entry.limits,
+        failures=entry.failures,
+        rollout=entry.rollout,
+        metadata=_metadata(entry.name, entry.licence, results, entry.base_model, _hub_ids(entry)),
     )
 
 
-def variant_card(repo_id: str, parts: Parts) -> str:
-    """Model card of a world model that a user shares as ``repo_id``; it was not evaluated as far as we know."""
+def variant_card(
+    repo_id: str,
+    parts: Parts,
+    results: Sequence[CardResults] = (),
+    data: Sequence[dict[str, str]] = (),
+    datasets: Sequence[str] = (),
+    rollout: dict[str, str] | None = None,
+    compute: str = "not recorded",
+    licence: str | None = None,
+) -> str:
+    """Model card of a world model that a user shares as ``repo_id``.
+
+    Args:
+        repo_id: on the Hub.
+        parts: the world model.
+        results: of its evaluations.
+        data: what it was trained on, each with ``name`` and ``licence``.
+        datasets: Hub ids of data sets, linked beside those of the base model.
+        rollout: an animation with its ``file`` in the repository and ``what`` it shows.
+        compute: what the training took.
+        licence: of the weights; that of the base model if None.
+    """
     config, extras = parts.config, parts.extras
     modules = {"tokenizer": parts.tokenizer, "transformer": parts.transformer, "reward head": parts.reward_head}
     counts = {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items() if m is not None}
+    base_name = extras.get("base_model")
+    base = find_entry(base_name) if base_name else None
+    licence = licence or (base.licence if base else None)
     facts: dict[str, Any] = {
         "Resolution": f"{config.tokenizer.resolution} x {config.tokenizer.resolution}",
         "Context frames": config.context_length,
         "Actions": f"{config.action_dim} numbers a frame" if config.action_dim else "none",
         "Rewards": "predicted" if config.reward_head else "none",
         "Parameters": ", ".join(f"{part} {count:,}" for part, count in counts.items()),
-        "Started from": extras.get("base_model", "not recorded"),
-        "Trained on": json.dumps(extras["training"]) if extras.get("training") else "not recorded",
+        "Licence of the weights": licence.upper() if licence else "not stated",
         "Input": json.dumps(extras["preprocessing"]) if extras.get("preprocessing") else "not recorded",
-        "Recipe": f"`recipe.yaml` ({extras.get('recipe', 'unnamed')})" if parts.published.recipe else "not recorded",
     }
-    summary = f"World model in the iVideoGPT layout, {facts['Resolution']} pixels."
+    recipe = f"`recipe.yaml` beside the weights ({extras.get('recipe', 'unnamed')}); `lightning run {repo_id}` runs it"
     frame = config.tokenizer
     return _render(
         title=repo_id.split("/")[-1],
         load_name=repo_id,
-        summary=summary,
-        licence=None,
+        summary=f"World model in the iVideoGPT layout, {facts['Resolution']} pixels.",
         facts=facts,
         context_shape=(config.context_length, frame.in_channels, frame.resolution, frame.resolution),
         action_dim=config.action_dim,
-        results={},
+        data=data,
+        training={
+            "Started from": f"`{base_name}`" if base_name else "not recorded",
+            "Recipe": recipe if parts.published.recipe else "not recorded",
+            "Settings": f"`{json.dumps(extras['training'])}`" if extras.get("training") else "not recorded",
+            "Compute": compute,
+        },
+        results=results,
         authors_results=[],
+        limits=[],
+        failures=[],
+        rollout=rollout,
+        metadata=_metadata(repo_id.split("/")[-1], licence, results, base_name, [*datasets, *_hub_ids(base)]),
     )
 
 
-def _render(title: str, licence: str | None, results: dict[str, Any], **values: Any) -> str:
+def check_card(text: str, where: object) -> None:
+    """Refuses a card with a script, or anything else that runs or loads something; code blocks may show it.
+
+    Raises:
+        ValueError: quoting it.
+    """
+    shown = re.sub(r"^(```+|~~~+).*?^\1|`[^`\n]+`", "", text, flags=re.MULTILINE | re.DOTALL)
+    found = _ACTIVE.search(shown)
+    if found:
+        raise ValueError(f"{where} holds {found.group()[:60]!r}, which can run a script; a model card needs none")
+
+
+def _render(**values: Any) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"cell": _cell, "number": _number}
-    template = next((path for path in _TEMPLATES if path.is_file()), None)
-    if template is None:
-        raise FileNotFoundError(f"no model card template at {' or '.join(map(str, _TEMPLATES))}")
-    tasks = {task: _row(metrics) for task, metrics in results.get("tasks", {}).items()}
-    if "overall" in results:
-        tasks["overall"] = _row(results["overall"])
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
-        metadata=_metadata(title, licence, tasks),
-        title=title,
-        tasks=tasks,
-        columns=list(dict.fromkeys(name for metrics in tasks.values() for name in metrics)),
-        conditions={name: value for name, value in results.items() if name not in ("tasks", "overall")},
-        **values,
-    )
+    environment.filters |= {
+        "cell": _cell,
+        "prose": _prose,
+        "capitalize_first": lambda text: text[:1].upper() + text[1:],
+    }
+    template = (cards_folder() / "TEMPLATE.md").read_text(encoding="utf-8")
+    text = environment.from_string(template).render(marker=MARKER, **values)
+    text = re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n"
+    check_card(text, "the card")
+    return text
 
 
-def _row(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of one task, side by side; nested ones are those of ``ivideogpt.metrics.evaluation``."""
-    row = {name: value for name, value in metrics.items() if _is(value)}
-    for name, value in metrics.get("model", {}).items():
-        row[name] = value
-        if name in metrics.get("repeat_last_frame", {}):
-            row[f"{name}, last frame repeated"] = metrics["repeat_last_frame"][name]
-    if "mse_ratio" in (metrics.get("shuffled_actions") or {}):
-        row["mse ratio, actions shuffled"] = metrics["shuffled_actions"]["mse_ratio"]
-    if "pearson_r" in (metrics.get("reward") or {}):
-        row["reward r"] = metrics["reward"]["pearson_r"]
-    return row
-
-
-def _metadata(title: str, licence: str | None, tasks: dict[str, dict[str, Any]]) -> str:
+def _metadata(
+    title: str,
+    licence: str | None,
+    results: Sequence[CardResults],
+    base_model: str | None,
+    datasets: Sequence[str],
+) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    results = [
+    measured = [
         EvalResult(
             task_type="robotics",
-            task_name="video prediction",
+            task_name=f"video prediction, protocol {result.protocol}",
             dataset_type=task,
-            dataset_name=task,
+            dataset_name=f"{task} ({result.file})",
             metric_type=metric,
             metric_value=value,
         )
-        for task, metrics in tasks.items()
+        for result in results
+        for task, metrics in result.numbers.items()
         for metric, value in metrics.items()
-        if _is(value)
     ]
+    base = find_entry(base_model) if base_model else None
+    base_id = base.hub_id if base else base_model
+    if base_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_id):
+        base_id = None  # a model inside of this package, which has no page to link to
+    extra: dict[str, Any] = {"base_model": base_id, "base_model_relation": "finetune"} if base_id else {}
     data = ModelCardData(
         license=licence,
         library_name="ivideogpt",
         pipeline_tag="robotics",
         tags=_TAGS,
-        model_name=title if results else None,
-        eval_results=results or None,
+        datasets=list(dict.fromkeys(datasets)) or None,
+        model_name=title if measured else None,
+        eval_results=measured or None,
+        **extra,
     )
     return data.to_yaml()
 
 
-def _is(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _hub_ids(entry: ZooEntry | None) -> list[str]:
+    return [row["hub_id"] for row in (entry.data if entry else []) if "hub_id" in row]
+
+
+def _prose(value: object) -> str:
+    """Text that stays text: what a file or a user wrote can neither be HTML nor end its line."""
+    return html.escape(" ".join(str(value).split()), quote=False)
 
 
 def _cell(value: object) -> str:
-    text = json.dumps(value) if isinstance(value, dict | list) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    text = json.dumps(value) if isinstance(value, dict | list) else value
+    return _prose(text).replace("|", "\\|")
 
 
-def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else _cell("-" if value is None else value)
+def results_of(name: str, folder: Path) -> list[CardResults]:
+    """Results of the zoo's model ``name`` among the files in ``folder``: ``NAME.json`` and ``NAME.*.json``."""
+    return [read_card_results(path) for path in sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}.*.json")])]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Renders or checks all cards of the repository; returns 1 if ``--check`` finds one out of date."""
     parser = argparse.ArgumentParser(prog="python -m ivideogpt.zoo.card", description=main.__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a card is out of date")
-    parser.add_argument("--folder", type=Path, default=_CARDS, help="where the cards are (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=cards_folder(), help="where the cards are (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     stale = []
     for name, entry in entries().items():
-        measured = options.folder / "results" / f"{name}.json"
-        text = entry_card(entry, read_json(measured) if measured.is_file() else None)
+        text = entry_card(entry, results_of(name, options.folder / "results"))
         path = options.folder / f"{name}.md"
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             stale.append(path)

@@ -80,6 +80,76 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
+@dataclass
+class Description:
+    """What a checkpoint's configurations and headers describe: modules without memory, on the meta device.
+
+    Attributes:
+        tokenizer: without weights, as the others.
+        transformer: over tokens.
+        reward_head: None where there is none.
+        extras: fields of the side file.
+        tokenizer_fields: ``tokenizer/config.json``.
+        transformer_fields: ``transformer/config.json``.
+        wrapped: whether the transformer's tensors have the names of a model with actions or rewards.
+        action_dim: size of an action, None without actions.
+    """
+
+    tokenizer: CompressiveTokenizer
+    transformer: Transformer
+    reward_head: RewardHead | None
+    extras: dict[str, Any]
+    tokenizer_fields: dict[str, Any]
+    transformer_fields: dict[str, Any]
+    wrapped: bool
+    action_dim: int | None
+
+
+def describe(folder: Path, headers: dict[str, Header]) -> Description:
+    """Compares the configurations in ``folder`` with the ``headers`` of the weight files; no weight is read.
+
+    Args:
+        folder: with the JSON files of a checkpoint.
+        headers: of the two weight files by their names in the folder, where they need not lie yet.
+
+    Raises:
+        ValueError: if a configuration is not what it should be, or the headers do not hold what it describes.
+    """
+    extras = read_side_file(folder)
+    fields = {name: read_json(folder / name) for name in (TOKENIZER_CONFIG, TRANSFORMER_CONFIG)}
+
+    # configurations: from the files, and from the shapes of the layers that they do not mention
+    weights = headers[TRANSFORMER_WEIGHTS]
+    action_dim = _action_dim(weights)
+    tokenizer_config = published.tokenizer_config(
+        fields[TOKENIZER_CONFIG], folder / TOKENIZER_CONFIG, extras.get("tokenizer_attention_dropout", 0.1)
+    )
+    transformer_config = published.transformer_config(
+        fields[TRANSFORMER_CONFIG], folder / TRANSFORMER_CONFIG, action_dim
+    )
+    head_config = None
+    if any(name.startswith("reward_linear.") for name in weights.shapes):
+        head_config = RewardHeadConfig(transformer_config.embed_dim, extras.get("reward_transform", "symlog"))
+    try:
+        config = WorldModelConfig(tokenizer_config, transformer_config, head_config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    check_extras(extras, folder / SIDE_FILE, action_dim)
+
+    # modules without memory, compared with what the files hold before any is spent
+    _check_counts(config, headers, folder)
+    tokenizer, transformer, reward_head = build_on_meta(lambda: _build(config), folder)
+    wrapped = any(name.startswith("llm.") for name in weights.shapes)
+    for expected, config_name, weights_name in (
+        (tokenizer.state_dict(), TOKENIZER_CONFIG, TOKENIZER_WEIGHTS),
+        (_transformer_tensors(transformer, reward_head, wrapped), TRANSFORMER_CONFIG, TRANSFORMER_WEIGHTS),
+    ):
+        shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        check_header(headers[weights_name], shapes, folder / config_name)
+    described = (tokenizer, transformer, reward_head, extras, fields[TOKENIZER_CONFIG], fields[TRANSFORMER_CONFIG])
+    return Description(*described, wrapped, action_dim)
+
+
 def load_parts(
     folder: str | Path,
     device: torch.device | str | None = None,
@@ -108,38 +178,13 @@ def load_parts(
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder")
     finish_interrupted_save(folder)
-    extras = read_side_file(folder)
-    fields = {name: read_json(_existing(folder / name, folder)) for name in (TOKENIZER_CONFIG, TRANSFORMER_CONFIG)}
+    for name in (TOKENIZER_CONFIG, TRANSFORMER_CONFIG):
+        _existing(folder / name, folder)
     headers = {name: read_header(folder / name) for name in (TOKENIZER_WEIGHTS, TRANSFORMER_WEIGHTS)}
-
-    # configurations: from the files, and from the shapes of the layers that they do not mention
+    described = describe(folder, headers)
+    tokenizer, transformer, reward_head = described.tokenizer, described.transformer, described.reward_head
+    extras, wrapped, stored_action_dim = described.extras, described.wrapped, described.action_dim
     weights = headers[TRANSFORMER_WEIGHTS]
-    stored_action_dim = _action_dim(weights)
-    tokenizer_config = published.tokenizer_config(
-        fields[TOKENIZER_CONFIG], folder / TOKENIZER_CONFIG, extras.get("tokenizer_attention_dropout", 0.1)
-    )
-    transformer_config = published.transformer_config(
-        fields[TRANSFORMER_CONFIG], folder / TRANSFORMER_CONFIG, stored_action_dim
-    )
-    head_config = None
-    if any(name.startswith("reward_linear.") for name in weights.shapes):
-        head_config = RewardHeadConfig(transformer_config.embed_dim, extras.get("reward_transform", "symlog"))
-    try:
-        config = WorldModelConfig(tokenizer_config, transformer_config, head_config)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    check_extras(extras, folder / SIDE_FILE, stored_action_dim)
-
-    # modules without memory, compared with what the files hold before any is spent
-    _check_counts(config, headers, folder)
-    tokenizer, transformer, reward_head = build_on_meta(lambda: _build(config), folder)
-    wrapped = any(name.startswith("llm.") for name in weights.shapes)
-    for expected, config_name, weights_name in (
-        (tokenizer.state_dict(), TOKENIZER_CONFIG, TOKENIZER_WEIGHTS),
-        (_transformer_tensors(transformer, reward_head, wrapped), TRANSFORMER_CONFIG, TRANSFORMER_WEIGHTS),
-    ):
-        shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-        check_header(headers[weights_name], shapes, folder / config_name)
 
     tokenizer.load_state_dict(read_tensors(headers[TOKENIZER_WEIGHTS], wanted_device, wanted_dtype), assign=True)
     tensors = read_tensors(weights, wanted_device, wanted_dtype)
@@ -149,7 +194,7 @@ def load_parts(
     if reward_head is not None:
         reward_head.load_state_dict({name: tensors[reward_key(name)] for name in reward_head.state_dict()}, assign=True)
 
-    if context_length is not None and context_length != config.context_length:
+    if context_length is not None and context_length != tokenizer.config.context_length:
         tokenizer.set_context_length(context_length)
     if action_dim is not None and action_dim != stored_action_dim:
         _renew_action_layer(transformer, action_dim, folder)
@@ -158,8 +203,8 @@ def load_parts(
         if module is not None:
             module.eval()
     held = Published(
-        tokenizer_fields=fields[TOKENIZER_CONFIG],
-        transformer_fields=fields[TRANSFORMER_CONFIG],
+        tokenizer_fields=described.tokenizer_fields,
+        transformer_fields=described.transformer_fields,
         generation_config=read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else None,
         tokenizer_dtypes=headers[TOKENIZER_WEIGHTS].dtypes,
         transformer_dtypes=weights.dtypes,

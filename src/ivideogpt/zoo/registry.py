@@ -1,6 +1,7 @@
-"""The zoo: named world models, one YAML file each in ``entries/``, with licence, sizes, source and published numbers.
+"""The zoo: named world models, one YAML file each beside its card in ``model_cards/``.
 
-A zoo name stands for a Hub repository, or for a folder inside this package (``hub_id`` is null there).
+A zoo name stands for a Hub repository, or for a folder inside this package (``hub_id`` is null there). The folder of
+the entries is the repository's in a checkout, and ``_model_cards`` inside the package when it is installed.
 """
 
 from __future__ import annotations
@@ -14,9 +15,21 @@ from typing import Any
 
 import yaml
 
-_ENTRIES = Path(__file__).parent / "entries"
-EMBEDDED = Path(__file__).parents[1] / "assets" / "models"
+_PACKAGE = Path(__file__).resolve().parents[1]
+EMBEDDED = _PACKAGE / "assets" / "models"
 """Folder of the models that the package carries, one folder each by its zoo name."""
+
+
+def cards_folder() -> Path:
+    """Folder of the entries, the cards, their template and their results.
+
+    Raises:
+        FileNotFoundError: if the installation is incomplete.
+    """
+    for folder in (_PACKAGE / "_model_cards", _PACKAGE.parents[1] / "model_cards"):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"the zoo's entries are neither in {_PACKAGE / '_model_cards'} nor beside the sources")
 
 
 @dataclass(frozen=True)
@@ -26,18 +39,25 @@ class ZooEntry:
     Attributes:
         name: zoo name.
         hub_id: Hub repository, None for a model inside this package.
-        licence: SPDX identifier, lower case.
-        summary: one sentence.
+        licence: of the weights; SPDX identifier, lower case.
+        summary: one sentence, or a few.
         resolution: height and width of a frame in pixels.
         context_length: context frames (a goal frame counted in).
         action_dim: size of an action, None without actions.
         rewards: whether the model predicts rewards.
         goal: whether the first context frame is the goal.
         parameters: counts by part, ``tokenizer`` and ``transformer``; empty where they are not known.
-        data: what the model was trained on.
+        data: what the model was trained on, each with ``name``, ``url``, ``licence`` and, where the Hub has it,
+            ``hub_id``.
         preprocessing: what frames and actions it expects.
         source: where the model and its description come from.
+        compute: what the training took, and who says so.
+        base_model: zoo name of the model that its training started from, None where it started from nothing.
         recipe: path of the recipe in this repository that trains such a model, None where there is none.
+        limits: what it cannot do, a sentence each.
+        failures: how it fails, a sentence each; empty where nobody looked.
+        rollout: an animation, with ``file`` in the folder of the cards, the ``command`` that made it and ``what`` it
+            shows; None where there is none.
         authors_results: numbers that the authors published for this setting, each with ``benchmark``, ``metric``,
             ``value`` and ``protocol``; not measured by this package.
         aliases: other names for it.
@@ -53,10 +73,15 @@ class ZooEntry:
     rewards: bool
     goal: bool
     parameters: dict[str, int]
-    data: str
+    data: list[dict[str, str]]
     preprocessing: str
     source: str
+    compute: str
+    base_model: str | None = None
     recipe: str | None = None
+    limits: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    rollout: dict[str, str] | None = None
     authors_results: list[dict[str, Any]] = field(default_factory=list)
     aliases: list[str] = field(default_factory=list)
 
@@ -71,7 +96,7 @@ def entries() -> dict[str, ZooEntry]:
     """All entries by zoo name, sorted."""
     known = {item.name for item in fields(ZooEntry)}
     found = {}
-    for path in sorted(_ENTRIES.glob("*.yaml"), key=lambda path: path.stem):
+    for path in sorted(cards_folder().glob("*.yaml"), key=lambda path: path.stem):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert set(values) <= known, f"{path}: unknown fields {set(values) - known}"
         found[path.stem] = ZooEntry(**values)

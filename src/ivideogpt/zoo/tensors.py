@@ -6,6 +6,9 @@ spent on the tensors themselves.
 
 from __future__ import annotations
 
+import json
+import math
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,9 @@ Shape = tuple[int, ...]
 Built = TypeVar("Built")
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # bytes of an element
+LARGEST_HEADER = 2**24
+"""Bytes of a header at most; those of the published files have some 50,000."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LISTED = 5
 
@@ -51,6 +57,8 @@ def read_header(path: Path) -> Header:
                 shapes[name] = tuple(part.get_shape())
                 dtypes[name] = part.get_dtype()
     except SafetensorError as error:
+        with open(path, "rb") as opened:
+            check_no_pickle(opened.read(4), path)
         raise ValueError(
             f"{path} is no intact safetensors file ({error}); it may be truncated: fetch it again"
         ) from error
@@ -58,6 +66,69 @@ def read_header(path: Path) -> Header:
         if dtype not in _DTYPES:
             raise ValueError(f"{path}: tensor {name!r} is of type {dtype}; only {', '.join(_DTYPES)} are read")
     return Header(path, shapes, {name: _DTYPES[dtype] for name, dtype in dtypes.items()})
+
+
+def header_length(start: bytes, size: int, where: object) -> int:
+    """Bytes of the header of a safetensors file, from its first 8 bytes ``start`` and its ``size``.
+
+    Raises:
+        ValueError: if they cannot be those of such a file.
+    """
+    check_no_pickle(start, where)
+    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+    if not 2 <= length <= min(size - 8, LARGEST_HEADER):
+        raise ValueError(f"{where} is no safetensors file: a header of {length:,} bytes in a file of {size:,}")
+    return length
+
+
+def parse_header(start: bytes, size: int, path: Path) -> Header:
+    """Header of a safetensors file that is not here, from its first bytes.
+
+    Args:
+        start: the 8 bytes of the length, and the header.
+        size: bytes of the file.
+        path: what it will be called.
+
+    Raises:
+        ValueError: if it is no such header, or says other sizes than the file has.
+    """
+    length = header_length(start, size, path)
+    try:
+        rows = json.loads(start[8 : 8 + length])
+        rows.pop("__metadata__", None)
+        found = {
+            str(name): (str(row["dtype"]), tuple(map(int, row["shape"])), tuple(map(int, row["data_offsets"])))
+            for name, row in rows.items()
+        }
+        place = 0
+        for name, (dtype, shape, (begin, end)) in sorted(found.items(), key=lambda item: item[1][2]):
+            if dtype not in _SIZES:
+                raise ValueError(f"tensor {name!r} is of type {dtype}; only {', '.join(_SIZES)} are read")
+            if min(shape, default=0) < 0 or begin != place or end - begin != math.prod(shape) * _SIZES[dtype]:
+                raise ValueError(f"tensor {name!r} of shape {shape} cannot lie in the bytes {begin:,} to {end:,}")
+            place = end
+        if place != size - 8 - length:
+            raise ValueError(f"it tells of {place:,} bytes of tensors, and the file has {size - 8 - length:,}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"the header of {path.name} is not to be believed: {error}") from error
+    return Header(
+        path,
+        {name: shape for name, (_, shape, _) in found.items()},
+        {name: _DTYPES[dtype] for name, (dtype, _, _) in found.items()},
+    )
+
+
+def check_no_pickle(start: bytes, where: object) -> None:
+    """Refuses a file that begins as pickles do, and as the archives of pickles that ``torch.save`` writes.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")):
+        raise ValueError(
+            f"{where} holds a pickle under the name of a safetensors file. Loading a pickle can run any code, so this "
+            "package never does"
+        )
 
 
 def check_header(header: Header, expected: Mapping[str, Shape], config_path: Path) -> None:
