@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ivideogpt.metrics import psnr
+from ivideogpt import cli
+from ivideogpt.metrics import mse, psnr, ssim
 from ivideogpt.metrics.clips import ClipSet
 from ivideogpt.metrics.evaluation import evaluate
+from ivideogpt.metrics.judges import Judges, judges_for
+from ivideogpt.metrics.networks import random_network
 from ivideogpt.metrics.protocols import EvaluationProtocol
 from tests.metrics.conftest import CONTEXT, HORIZON, Integrator, MemoryClips
 
@@ -214,3 +218,49 @@ def test_several_processes_need_a_journal(measured: Measured, monkeypatch: pytes
     monkeypatch.setattr("ivideogpt.metrics.evaluation.dist", group)
     with pytest.raises(ValueError, match="give --out FILE"):
         measured(Integrator(), MemoryClips(["push"]))
+
+
+def test_a_single_video_has_no_covariance(measured: Measured) -> None:
+    judges = Judges({"psnr": psnr, "ssim": ssim, "mse": mse}, features=random_network(4), hashes={"fvd": "0" * 64})
+    one = measured(Integrator(), MemoryClips(["push"]), {"judges": judges})
+    assert one["overall"]["distance_of_other_features"] is None
+    assert any("needs at least 2 real" in note and "full rank it takes 5" in note for note in one["notes"])
+    few = measured(Integrator(), MemoryClips(["push"] * 3), {"judges": judges})
+    assert few["overall"]["distance_of_other_features"]["value"] >= 0
+    (needs, _, chance) = (note for note in few["notes"] if "Frechet distance of random features, not FVD" in note)
+    assert "3 real videos are too few for a covariance of 4 features, which needs 5" in needs
+    assert "videos of the same distribution would score about" in chance
+    assert "fvd" not in few["overall"]["model"]
+
+
+def test_networks_that_are_missing_are_said_and_the_rest_is_measured(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("IVIDEOGPT_NETWORKS", "TORCH_HOME", "HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    judges = judges_for(EvaluationProtocol())
+    result = measured(Integrator(), MemoryClips(["push"] * 3), {"judges": judges})
+    assert list(result["missing"]) == ["lpips", "fvd"]
+    assert "hf download" in result["missing"]["fvd"] and "SHA-256" in result["missing"]["fvd"]
+    assert set(result["overall"]["model"]) == {"psnr", "ssim", "mse"}
+    assert result["hashes"]["networks"] == {}
+    assert list(judges_for(EvaluationProtocol(metrics=("ssim",), fvd=None)).missing) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--protocol", "bair"], "the protocol 'bair' has context_length 1, this model has 2"),
+        (["--protocol", "bair-action-free"], "is one without actions, and this model needs actions of width 4"),
+        (["--protocol", "robonet"], "no protocol 'robonet'; did you mean 'robonet-"),
+        (["--protocol", "robonet-64"], "about 256 clips, and there are 16; give --videos 16"),
+        (["--horizon", "40"], "episodes are shorter than the 42 frames"),
+    ],
+)
+def test_the_command_refuses(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "--model", "ivideogpt-metaworld-nano", "--data", "embedded:heldout", *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1

@@ -56,8 +56,7 @@ def test_shown_videos_are_those_that_were_measured(shown: Shown) -> None:
     by_key = {(video["key"], video["start"]): video for video in result["videos"]}
     for video in [*examples.best, *examples.worst, examples.median]:
         assert video.samples.shape == (5, 6, 32, 32, 3)
-        truth, best = (torch.from_numpy(one).permute(0, 3, 1, 2)[None, 2:] / 255 for one in
-                       (video.truth, video.samples[0]))  # fmt: skip
+        truth, best = (torch.tensor(one).permute(0, 3, 1, 2)[None, 2:] / 255 for one in (video.truth, video.samples[0]))
         measured = by_key[video.key, video.start]["best"]["psnr"][0]
         assert float(psnr(best, truth).mean()) == pytest.approx(measured, abs=0.02)  # it was rounded to bytes
     worst = min(video["best"]["psnr"][0] for video in result["videos"])

@@ -88,12 +88,13 @@ def explain(
     wide = dataclasses.replace(protocol, num_samples=samples)
     work = Work(model, clips, wide, judges, seed, samples, places)
     scores = _Scores(min(protocol.num_samples, samples))
-    for number in range(count):
+    chosen = sorted(np.random.default_rng(0).permutation(len(clips))[:count].tolist())
+    for done, number in enumerate(chosen):
         seen = _see(work, number)
         for reason, change, values in _rescored(seen, protocol, judges, alternative):
             scores.add(reason, change, values)
         if watch is not None:
-            watch(number + 1, count)
+            watch(done + 1, count)
     rows = scores.rows(samples)
     rows += _from_result(result)
     not_computed = dict(missing or {})

@@ -14,14 +14,16 @@ from ivideogpt.data.clips import FixedClips
 from ivideogpt.drawing import save_comparison, save_png, strip
 from ivideogpt.metrics.clips import ClipSet
 from ivideogpt.metrics.evaluation import evaluate
+from ivideogpt.metrics.examples import gather
 from ivideogpt.metrics.judges import judges_for
-from ivideogpt.metrics.measuring import BATCH_SIZE
+from ivideogpt.metrics.measuring import BATCH_SIZE, Work
 from ivideogpt.metrics.protocols import CUSTOM, protocol_named
+from ivideogpt.metrics.report import write_report
 from ivideogpt.metrics.results import write_results
 from ivideogpt.metrics.terminal import result_table, task_table, watching
 from ivideogpt.world_model import WorldModel
 
-RESULTS = "results.json"
+RESULTS, REPORT = "results.json", "report.html"
 
 
 class EvaluationModule(LightningModule):
@@ -42,6 +44,7 @@ class EvaluationModule(LightningModule):
         batch_size: samples that are rolled out at once.
         lpips_weights: file of the LPIPS backbone; None looks where it usually lies.
         fvd_weights: file of the FVD network; None looks where it usually lies.
+        report: write ``report.html`` beside the results.
         num_examples: clips that are drawn as PNG and GIF.
         name: of the model, for the results.
         output_folder: where ``results.json`` goes; the trainer's root folder if None.
@@ -60,6 +63,7 @@ class EvaluationModule(LightningModule):
         batch_size: int = BATCH_SIZE,
         lpips_weights: str | None = None,
         fvd_weights: str | None = None,
+        report: bool = True,
         num_examples: int = 4,
         name: str | None = None,
         output_folder: str | None = None,
@@ -71,7 +75,7 @@ class EvaluationModule(LightningModule):
         self.protocol = protocol_named(protocol).changed(**{k: v for k, v in changes.items() if v is not None})
         self.seed, self.batch_size = seed, batch_size
         self.weights = lpips_weights, fvd_weights
-        self.num_examples = num_examples
+        self.report, self.num_examples = report, num_examples
         self.name = name
         self.output_folder = output_folder
         self.results: dict[str, Any] | None = None
@@ -114,6 +118,10 @@ class EvaluationModule(LightningModule):
             )  # fmt: skip
         if self.results is None:
             return
+        if self.report:
+            places = [clips.place(number) for number in range(len(clips))]
+            work = Work(self.world_model, clips, clips.protocol, judges, self.seed, self.batch_size, places)
+            write_report(self.results, gather(work, self.results), folder / REPORT)
         write_results(self.results, folder / RESULTS)
         shutil.rmtree(journal)
         self._draw(folder, clips)
