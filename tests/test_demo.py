@@ -18,7 +18,8 @@ import pytest
 
 from ivideogpt import cli
 from ivideogpt.charts import Series, line_chart, ticks
-from ivideogpt.data.reader import load_manifest, resolve_source, verify_set
+from ivideogpt.data.reader import load_manifest, resolve_source
+from ivideogpt.data.verification import verify_set
 from ivideogpt.report import Example, Report, Row, best, render, write_report
 
 if TYPE_CHECKING:

@@ -38,15 +38,21 @@ def make_episode() -> Callable[..., Episode]:
 
 @pytest.fixture
 def make_set(tmp_path: Path) -> Callable[..., Path]:
-    """`make_set(name, episodes=8, per_shard=3, **episode)` writes a set and gives its folder."""
+    """`make_set(name, episodes=8, per_shard=3, cameras=("",), **episode)` writes a set and gives its folder.
+
+    With several cameras there are so many recordings, each with an episode of every camera.
+    """
 
     def make(name: str = "set", episodes: int = 8, per_shard: int = 3, **fields: Any) -> Path:
         folder = tmp_path / name
         lengths = fields.pop("lengths", None)
+        cameras = fields.pop("cameras", ())
         with ShardSetWriter(folder, shard_episodes=per_shard, command="made by a test") as writer:
             for i in range(episodes):
-                length = lengths[i % len(lengths)] if lengths else 12 + i
-                writer.write(f"{name}-{i:03d}", synthetic_episode(length, seed=i, **fields))
+                length, key = lengths[i % len(lengths)] if lengths else 12 + i, f"{name}-{i:03d}"
+                views = [(f"{key}-{view}", {"camera": view, "metadata": {"recording": key}}) for view in cameras]
+                for view_key, about in views or [(key, {})]:
+                    writer.write(view_key, synthetic_episode(length, seed=i, **fields, **about))
         return folder
 
     return make

@@ -20,7 +20,8 @@ from ivideogpt.data.conversion.staging import STAGING
 from ivideogpt.data.conversion.unit import CRASHED, Row
 from ivideogpt.data.episode import Episode
 from ivideogpt.data.packing import pack
-from ivideogpt.data.reader import ShardSet, verify_set
+from ivideogpt.data.reader import ShardSet
+from ivideogpt.data.verification import verify_set
 
 SHARD_BYTES = 30_000  # some three episodes
 FIXTURES = Path(__file__).parent / "fixtures"

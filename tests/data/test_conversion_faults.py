@@ -24,7 +24,8 @@ from ivideogpt.data.conversion.unit import Row
 from ivideogpt.data.episode import Episode
 from ivideogpt.data.manifest import MANIFEST
 from ivideogpt.data.packing import QUARANTINE, pack
-from ivideogpt.data.reader import ShardSet, verify_set
+from ivideogpt.data.reader import ShardSet
+from ivideogpt.data.verification import verify_set
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARD_BYTES = 30_000

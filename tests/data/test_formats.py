@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from ivideogpt.data.formats import FORMATS, guess_format, list_jobs, make_options, option_fields
-from ivideogpt.data.reader import ShardSet, verify_set
+from ivideogpt.data.reader import ShardSet
 from ivideogpt.data.sources.npz import NpzOptions
+from ivideogpt.data.verification import verify_set
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

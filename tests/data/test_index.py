@@ -20,9 +20,10 @@ from safetensors.numpy import load_file, save_file
 from ivideogpt.data.episode import Episode
 from ivideogpt.data.index import NAME, Index, IndexBuilder
 from ivideogpt.data.manifest import MANIFEST, file_sha256
-from ivideogpt.data.reader import ShardError, ShardSet, verify_set
+from ivideogpt.data.reader import ShardError, ShardSet
 from ivideogpt.data.safetensors_header import read_header
 from ivideogpt.data.shards import ShardSetWriter
+from ivideogpt.data.verification import verify_set
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from ivideogpt.data.packing import pack
-from ivideogpt.data.reader import ShardSet, verify_set
+from ivideogpt.data.reader import ShardSet
 from ivideogpt.data.sources.lerobot import LerobotOptions, lerobot_cameras, lerobot_jobs, read_info
+from ivideogpt.data.verification import verify_set
 
 FIXTURES = Path(__file__).parent / "fixtures" / "lerobot"
 LENGTHS = (6, 9, 4)

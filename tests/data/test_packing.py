@@ -14,9 +14,10 @@ import pytest
 from ivideogpt.data.codec import encode_episode
 from ivideogpt.data.episode import Episode
 from ivideogpt.data.packing import pack, unique_keys
-from ivideogpt.data.reader import ShardError, ShardSet, verify_set
+from ivideogpt.data.reader import ShardError, ShardSet
 from ivideogpt.data.shards import ShardSetWriter, encoded
 from ivideogpt.data.sources.npz import NpzOptions
+from ivideogpt.data.verification import verify_set
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ import webdataset
 
 from ivideogpt.data.codec import decode_episode
 from ivideogpt.data.episode import Episode
-from ivideogpt.data.reader import ShardSet, verify_set
+from ivideogpt.data.reader import ShardSet
 from ivideogpt.data.shards import MANIFEST, ShardSetWriter, encoded
+from ivideogpt.data.verification import verify_set
 
 
 def files(folder: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ import torchvision
 
 from ivideogpt.metrics.lpips import LPIPS
 from ivideogpt.metrics.networks import find_weights
+from ivideogpt.metrics.rollouts import FrameMetric
 
 NETWORKS = ("vgg", "alex")
 
@@ -76,6 +77,21 @@ def test_many_frames_are_split_without_changing_a_value(network: str, weights: d
     assert not ours(first[:2], first[:2]).any()
 
 
+def test_it_streams_as_a_frame_metric(weights: dict[str, tuple[Path, str]]) -> None:
+    ours = LPIPS("alex", *weights["alex"])
+    generator = torch.Generator().manual_seed(3)
+    truth = torch.rand(3, 2, 3, 32, 32, generator=generator)
+    samples = torch.rand(3, 4, 2, 3, 32, 32, generator=generator)
+    metric = FrameMetric(ours, num_videos=3, horizon=2, higher_is_better=False).clone()
+    for video in range(3):
+        for some in (slice(0, 3), slice(3, 4)):
+            metric.update(samples[video, some], truth[video : video + 1], torch.tensor([video]))
+    found = metric.compute()
+    values = torch.stack([ours(samples[:, sample], truth) for sample in range(4)], dim=1).double()  # (3, 4, 2)
+    torch.testing.assert_close(found["best_per_video"], values.mean(2).amin(1), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found["curve"], values.mean((0, 1)), rtol=1e-5, atol=1e-7)
+
+
 def test_gradient_is_finite_where_all_activations_are_zero(weights: dict[str, tuple[Path, str]]) -> None:
     distance = LPIPS("vgg", *weights["vgg"])
     assert not any(parameter.requires_grad for parameter in distance.parameters())
@@ -128,8 +144,14 @@ def test_bad_frames(weights: dict[str, tuple[Path, str]]) -> None:
         ours(frames[:, :1], frames[:, :1])
     with pytest.raises(ValueError, match=r"torch\.uint8"):
         ours((frames * 255).byte(), frames)
-    with pytest.raises(ValueError, match="at least 31 pixels"):
-        ours(frames[..., :30], frames[..., :30])
+
+
+@pytest.mark.parametrize(("network", "smallest"), [("vgg", 16), ("alex", 31)])
+def test_smallest_frames(network: str, smallest: int, weights: dict[str, tuple[Path, str]]) -> None:
+    ours, frames = LPIPS(network, *weights[network]), torch.rand(2, 3, smallest, smallest)
+    assert bool(torch.isfinite(ours(frames, frames.flip(0))).all())
+    with pytest.raises(ValueError, match=f"at least {smallest} pixels"):
+        ours(frames[..., 1:], frames[..., 1:])
 
 
 def test_unreachable_weights_give_one_error_that_names_the_option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import warnings
@@ -12,13 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from ivideogpt.metrics.frechet import VideoFrechetDistance
 from ivideogpt.metrics.networks import (
     WEIGHT_FILES,
     FeatureNetwork,
     Missing,
     RandomFeatures,
+    Weights,
     fetch_weights,
     find_feature_network,
+    find_weights,
     random_network,
 )
 
@@ -94,6 +98,19 @@ def test_a_file_of_a_given_hash_is_loaded_and_is_no_reference(script: tuple[Path
     torch.testing.assert_close(network(clips()), random_network(24, seed=3)(clips()))
 
 
+def test_a_metric_with_such_a_network_can_be_cloned_and_reset(script: tuple[Path, str]) -> None:
+    network = find_feature_network("i3d", *script)
+    assert isinstance(network, FeatureNetwork)
+    metric = VideoFrechetDistance(network)
+    copy = metric.clone()
+    for one in (metric, copy):
+        one.update(clips(6), real=True)
+        one.update(clips(9).flip(1), real=False)
+    assert float(copy.compute()) == float(metric.compute()) > 0
+    copy.reset()
+    assert copy.counts == (0, 0) and metric.counts == (6, 9)
+
+
 def test_a_file_with_another_hash_is_refused_before_it_is_loaded(script: tuple[Path, str]) -> None:
     path, sha256 = script
     published = WEIGHT_FILES["i3d"][0].sha256
@@ -108,6 +125,14 @@ def test_a_file_that_is_no_torchscript(tmp_path: Path) -> None:
     path.write_text("no network")
     with pytest.raises(ValueError, match=r"text\.pt is no TorchScript file"):
         find_feature_network("i3d", path, hashlib.sha256(b"no network").hexdigest())
+
+
+def test_a_file_that_is_far_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "huge.pt"
+    with open(path, "wb") as file:
+        file.truncate(10**13)  # sparse: takes no space
+    with pytest.raises(ValueError, match=r"huge\.pt has 10,000,000,000,000 bytes"):
+        find_feature_network("i3d", path)
 
 
 def test_missing_weights_are_said_in_words(nothing_at_hand: Path) -> None:
@@ -136,6 +161,21 @@ def test_weights_are_found_in_the_hubs_cache(nothing_at_hand: Path, script: tupl
         find_feature_network("i3d")
 
 
+def test_a_wrong_file_does_not_hide_the_right_one(
+    nothing_at_hand: Path, script: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = WEIGHT_FILES["i3d"][0]
+    folder = nothing_at_hand / "networks"
+    folder.mkdir()
+    monkeypatch.setenv("IVIDEOGPT_NETWORKS", str(folder))
+    (folder / entry.file).write_text("something else")
+    other = dataclasses.replace(entry, file="right.pt", sha256=script[1])
+    (folder / other.file).write_bytes(script[0].read_bytes())
+    monkeypatch.setitem(WEIGHT_FILES, "i3d", (entry, other))
+    found = find_weights("i3d")
+    assert isinstance(found, Weights) and found.path == folder / "right.pt" and found.is_reference
+
+
 def test_bad_videos() -> None:
     network = random_network()
     video = clips().float() / 255
@@ -143,7 +183,7 @@ def test_bad_videos() -> None:
         network(video[0])
     with pytest.raises(ValueError, match=r"got \(3, 5, 1, 16, 16\)"):
         network(video[:, :, :1])
-    with pytest.raises(ValueError, match=r"in \[0, 1\], got values from -1 to 1: add 1 and divide by 2"):
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got values from -1 to 1: .*add 1 and divide by 2"):
         network(video * 2 - 1)
     with pytest.raises(ValueError, match="from 0 to 255: divide 8-bit frames by 255"):
         network(video * 255)

@@ -1,7 +1,9 @@
 """PSNR, SSIM and MSE against direct computations; best of several samples; bad input."""
 
 import math
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +64,24 @@ def test_ssim_is_wang_et_als() -> None:
         )
 
 
+@pytest.mark.parametrize("size", [16, 64])
+def test_psnr_and_ssim_are_piqas(size: int) -> None:
+    pytest.importorskip("piqa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is compiled by torch.jit, which is deprecated
+        import piqa.psnr
+        import piqa.ssim
+        from piqa.utils.functional import gaussian_kernel
+    prediction, truth = videos(seed=3, size=size)
+    a, b = prediction.flatten(0, 1), truth.flatten(0, 1)
+    kernel: Any = gaussian_kernel(11, 1.5).repeat(3, 1, 1)
+    their_ssim = piqa.ssim.ssim(a, b, kernel)[0].unflatten(0, (2, 3))
+    torch.testing.assert_close(ssim(prediction, truth), their_ssim, rtol=1e-5, atol=1e-6)
+    their_psnr = piqa.psnr.psnr(a, b, epsilon=0.0).unflatten(0, (2, 3))
+    torch.testing.assert_close(psnr(prediction, truth), their_psnr, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(mse(prediction, truth), piqa.psnr.mse(a, b).unflatten(0, (2, 3)))
+
+
 def test_known_values() -> None:
     black, grey = torch.zeros(1, 1, 3, 16, 16), torch.full((1, 1, 3, 16, 16), 0.1)
     assert float(mse(black, grey)) == pytest.approx(0.01)
@@ -98,6 +118,28 @@ def test_bad_input(metric: Callable[[Tensor, Tensor], Tensor]) -> None:
         metric(prediction[0], truth[0])
     with pytest.raises(ValueError, match=r"torch\.uint8"):
         metric((prediction * 255).byte(), truth)
+
+
+@pytest.mark.parametrize("metric", [mse, psnr, ssim])
+def test_other_ranges_are_refused_and_nan_stays_nan(metric: Callable[[Tensor, Tensor], Tensor]) -> None:
+    prediction, truth = videos()
+    bytes_as_floats, stray = torch.linspace(0, 255, truth.numel()).reshape(truth.shape), truth.clone()
+    stray[0, 0, 0, 0, 0] = -3.0
+    with pytest.raises(ValueError, match=r"predicted frames must be in \[0, 1\], got values from -1 to 1: .*add 1"):
+        metric(prediction * 2 - 1, truth)
+    with pytest.raises(ValueError, match="true frames must be .* from 0 to 255: divide 8-bit frames by 255"):
+        metric(prediction, bytes_as_floats)
+    with pytest.raises(ValueError, match="true frames must be .* from -3 to .*: clamp them"):
+        metric(prediction, stray)
+    prediction[1, 2, 0, 3, 3] = math.nan  # a training that diverged logs NaN; `frame_metrics` refuses it
+    assert torch.isnan(metric(prediction, truth)).tolist() == [[False] * 3, [False, False, True]]
+    with pytest.raises(ValueError, match="predicted frames hold values that are not finite"):
+        frame_metrics(prediction, truth)
+
+
+def test_constant_frames_have_their_numbers() -> None:
+    still = torch.full((1, 2, 3, 16, 16), 0.5)
+    assert all(torch.isfinite(value).all() for value in frame_metrics(still, still * 0).values())
 
 
 def test_ssim_needs_room_for_its_window() -> None:

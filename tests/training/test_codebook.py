@@ -1,4 +1,4 @@
-"""Tests of the codebook restart and the usage measure."""
+"""Tests of the codebook restart."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch.optim import AdamW
 
 from ivideogpt.models.quantizer import VectorQuantizer
-from ivideogpt.training.codebook import CodebookRestart, codebook_usage
+from ivideogpt.training.codebook import CodebookRestart
 
 
 def test_first_update_initialises_from_data_and_later_ones_wait_for_the_patience() -> None:
@@ -45,8 +45,3 @@ def test_more_idle_entries_than_vectors_are_filled_too() -> None:
 def test_patience_must_be_positive() -> None:
     with pytest.raises(ValueError, match="at least 1 update, got 0"):
         CodebookRestart(4, 0)
-
-
-def test_usage() -> None:
-    assert codebook_usage(torch.tensor([5, 5, 0, 0])) == pytest.approx((2.0, 0.5))
-    assert codebook_usage(torch.zeros(4)) == pytest.approx((1.0, 0.0))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from safetensors.torch import save_file
 
+from ivideogpt.metrics.networks import WEIGHT_FILES
 from ivideogpt.models.discriminator import PatchDiscriminator
 from ivideogpt.training import TokenizerModule
 from ivideogpt.training.checkpoints import Checkpoints
@@ -126,3 +132,24 @@ def test_wrong_settings_are_refused(tokenizer) -> None:
         TokenizerModule(tokenizer, learning_rate=0)
     with pytest.raises(ValueError, match="warmup_updates must not be negative, got -1"):
         TokenizerModule(tokenizer, warmup_updates=-1)
+
+
+def test_perceptual_loss_is_loaded_from_this_disk_and_has_a_gradient(
+    tokenizer, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        layers = torchvision.models.vgg16(weights=None).features.state_dict()
+    save_file({f"features.{k}": torch.randn(v.shape, generator=generator) * 0.05 for k, v in layers.items()}, file)
+    known = dataclasses.replace(WEIGHT_FILES["vgg"][0], sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    monkeypatch.setitem(WEIGHT_FILES, "vgg", (known,))
+    monkeypatch.setenv("IVIDEOGPT_NETWORKS", str(tmp_path))
+    module = TokenizerModule(tokenizer.eval(), perceptual_weight=1.0)
+    module.configure_model()
+    assert not any(name.startswith("perceptual") for name, p in module.named_parameters() if p.requires_grad)
+    context, future = module.split(torch.rand(2, 5, 3, 32, 32))
+    terms = module.losses(tokenizer(context, future), context, future)
+    assert float(terms["future_perceptual"].detach()) > 0
+    terms["loss"].backward()
+    assert any(parameter.grad is not None for parameter in tokenizer.parameters())

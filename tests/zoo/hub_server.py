@@ -184,7 +184,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.large_file(parts[1], body)
         if path.endswith(".git/info/lfs/objects/batch"):
             return self.batch(json.loads(body))
-        if parts[:2] == ["api", "models"]:
+        if parts[0] == "datasets":  # data sets are repositories as models are, under a prefix
+            parts = parts[1:]
+        if parts[:2] in (["api", "models"], ["api", "datasets"]):
             return self.api("/".join(parts[2:4]), parts[4:], body)
         if parts[2:3] == ["resolve"]:
             return self.resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))

@@ -92,7 +92,8 @@ def prepare(source: str, split: str, folder: Path) -> dict[str, int]:
         ValueError: the source is damaged.
     """
     from ivideogpt.data.packing import pack
-    from ivideogpt.data.reader import ShardError, load_manifest, resolve_source, verify_set
+    from ivideogpt.data.reader import ShardError, load_manifest, resolve_source
+    from ivideogpt.data.verification import verify_set
 
     name = f"embedded:{split}" if source == "embedded" else str(Path(source) / split)
     faults = verify_set(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, default_collate
 
+from ivideogpt.data.choices import chosen
 from ivideogpt.data.codec import CorruptRecordError, Record
 from ivideogpt.data.mixtures import Mixture
 from ivideogpt.data.reader import ShardSet
 from ivideogpt.data.segments import clip_indices, even_starts, frame_stride, gather_rows
-from ivideogpt.data.transforms import fit_uint8
+from ivideogpt.data.transforms import Augmentation, fit_uint8, random_crop
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipSettings:
     """How a clip is cut out of an episode; see `segments.clip_indices`.
 
-    `stride=None` takes the stride that brings each episode to `target_rate` Hz.
+    `stride=None` takes the stride that brings each episode to `target_rate` Hz. `strides` holds (pattern, stride) of
+    sources that have one of their own. With an `action_width` actions are padded to it, zeros where there are none.
     """
 
     segment_length: int
@@ -39,30 +42,39 @@ class ClipSettings:
     goal: bool = False
     actions: bool = True
     rewards: bool = True
+    strides: tuple[tuple[str, int | None], ...] = ()
+    action_width: int | None = None
 
     def __post_init__(self) -> None:
-        if self.stride is not None and self.stride < 1:
-            raise ValueError(f"stride must be at least 1, got {self.stride}")
+        for stride in (self.stride, *(stride for _, stride in self.strides)):
+            if stride is not None and stride < 1:
+                raise ValueError(f"stride must be at least 1, got {stride}")
         body = self.segment_length - self.goal
         if self.horizon is not None and self.horizon < body:
             raise ValueError(f"horizon {self.horizon} is shorter than the {body} frames to select from it")
 
-    def stride_of(self, fps: float) -> int:
+    def stride_of(self, fps: float, source: str) -> int:
         """Wanted stride of an episode of `fps` frames a second."""
-        return frame_stride(fps, self.target_rate) if self.stride is None else self.stride
+        stride = chosen(dict(self.strides), source, self.stride) if self.strides else self.stride
+        return frame_stride(fps, self.target_rate) if stride is None else stride
 
 
 def cut_clip(
-    record: Record, settings: ClipSettings, start: int | None, rng: np.random.Generator | None
+    record: Record,
+    settings: ClipSettings,
+    start: int | None,
+    rng: np.random.Generator | None,
+    crop: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Decodes one clip: video uint8 (T, C, H, W) at the wanted resolution, actions (T, A) and rewards (T,) if any.
 
-    The video keeps the frames' order in memory, channels last, in which bytes are cropped and resized fastest.
+    The video keeps the frames' order in memory, channels last, in which bytes are cropped and resized fastest. Frames
+    of another size are made to fit by `crop`, as the clip's `cropped` tells; without it by the largest centred square.
     """
     indices = clip_indices(
         len(record),
         settings.segment_length,
-        stride=settings.stride_of(record.header["fps"]),
+        stride=settings.stride_of(record.header["fps"], record.header["source"]),
         start=start,
         horizon=settings.horizon,
         shuffle=settings.shuffle,
@@ -70,10 +82,18 @@ def cut_clip(
         rng=rng,
     )
     video = torch.from_numpy(record.frames(indices)).permute(0, 3, 1, 2)
-    clip = {"video": fit_uint8(video, settings.resolution)}
+    cropped = crop is not None and video.shape[-2:] != (settings.resolution, settings.resolution)
+    clip = {"video": crop(video) if crop is not None and cropped else fit_uint8(video, settings.resolution)}
+    if crop is not None:
+        clip["cropped"] = torch.tensor(cropped)
     for name, wanted in (("actions", settings.actions), ("rewards", settings.rewards)):
         if wanted and name in record.tensors:
             clip[name] = torch.from_numpy(gather_rows(record.tensors[name], indices, settings.goal))
+    if settings.action_width is not None:
+        padded = torch.zeros(len(indices), settings.action_width)
+        if "actions" in clip:
+            padded[:, : clip["actions"].shape[1]] = clip["actions"]
+        clip["actions"] = padded
     return clip
 
 
@@ -85,7 +105,11 @@ class _Clips(Dataset[dict[str, Any]]):
         self.skips = torch.zeros(1, dtype=torch.int64).share_memory_()  # counted over all workers
 
     def read(
-        self, episode: int, start: int | None, rng: Callable[[], np.random.Generator | None]
+        self,
+        episode: int,
+        start: int | None,
+        rng: Callable[[], np.random.Generator | None],
+        crop: Callable[[Tensor], Tensor] | None = None,
     ) -> dict[str, Any] | None:
         """One clip of an episode; None if its record is bad and the policy is `skip`."""
         name, index = self.mixture.episodes[episode]
@@ -93,7 +117,10 @@ class _Clips(Dataset[dict[str, Any]]):
         record = shards.record(index)
         if record is not None:
             try:
-                return {"key": shards.key(index)} | cut_clip(record, self.settings, start, rng())
+                named = {"key": shards.key(index)}
+                if self.settings.action_width is not None:  # whose actions are these?
+                    named["source"] = shards.source(index)
+                return named | cut_clip(record, self.settings, start, rng(), crop)
             except CorruptRecordError as error:
                 shards.bad(index, error)
         self.skips += 1
@@ -101,20 +128,32 @@ class _Clips(Dataset[dict[str, Any]]):
 
 
 class TrainingClips(_Clips):
-    """dataset[p] is training clip number p, for any p >= 0; len() is one pass over the episodes."""
+    """dataset[p] is training clip number p, for any p >= 0; len() is one pass over the episodes.
 
-    def __init__(self, mixture: Mixture, settings: ClipSettings, seed: int) -> None:
+    With an `augmentation` frames of another size than the clips' are cropped here, out of the whole frame; all the rest
+    of it is left to the device.
+    """
+
+    def __init__(
+        self, mixture: Mixture, settings: ClipSettings, seed: int, augmentation: Augmentation | None = None
+    ) -> None:
         super().__init__(mixture, settings)
-        self.seed = seed
+        self.seed, self.augmentation = seed, augmentation
 
     def __len__(self) -> int:
         return len(self.mixture)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
+        for name, shards in self.mixture.upcoming(self.seed, position):
+            self.mixture.sets[name].files.prefetch(shards)
+        crop = None
+        if self.augmentation is not None:
+            seed = crop_seed(self.seed, position)
+            crop = partial(random_crop, config=self.augmentation, seed=seed, resolution=self.settings.resolution)
         first = self.mixture.draw(self.seed, position)
         for step in range(len(self.mixture)):  # a bad episode is replaced by the next good one
             episode = (first + step) % len(self.mixture)
-            clip = self.read(episode, None, lambda: np.random.default_rng([self.seed, position, 3]))
+            clip = self.read(episode, None, lambda: np.random.default_rng([self.seed, position, 3]), crop)
             if clip is not None:
                 return clip | {"clip": position}
         raise RuntimeError("every episode of the training set is bad")
@@ -129,7 +168,7 @@ class FixedClips(_Clips):
         self.places: list[tuple[int, int]] = []
         for episode, (name, index) in enumerate(mixture.episodes):
             rows = mixture.sets[name].index
-            stride = settings.stride_of(float(rows["fps"][index]))
+            stride = settings.stride_of(float(rows["fps"][index]), mixture.sets[name].source(index))
             starts = even_starts(int(rows["frames"][index]), window, stride, clips_per_episode)
             self.places.extend((episode, start) for start in starts)
 
@@ -152,6 +191,11 @@ class FixedClips(_Clips):
         if clip is None:
             raise RuntimeError(f"validation clip {position} went bad after the set was checked")
         return clip
+
+
+def crop_seed(seed: int, position: int) -> tuple[int, int, int]:
+    """Seed of the augmentation of training clip number `position`."""
+    return seed, position, 5
 
 
 class PositionSampler(DistributedSampler):
@@ -219,8 +263,13 @@ def stack(rows: list[Tensor]) -> Tensor:
 def collate(clips: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks clips: video (B,T,C,H,W) uint8, actions (B,T,A), rewards (B,T), clip (B,) in training, key list of B."""
     batch: dict[str, Any] = {
-        name: stack([clip[name] for clip in clips]) for name in ("video", "actions", "rewards") if name in clips[0]
+        name: stack([clip[name] for clip in clips])
+        for name in ("video", "actions", "rewards", "cropped")
+        if name in clips[0]
     }
     if "clip" in clips[0]:
         batch["clip"] = torch.tensor([clip["clip"] for clip in clips], dtype=torch.int64)
-    return batch | {"key": [clip["key"] for clip in clips]}
+    for name in ("key", "source"):
+        if name in clips[0]:
+            batch[name] = [clip[name] for clip in clips]
+    return batch

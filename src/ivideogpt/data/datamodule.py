@@ -7,16 +7,21 @@ Frames travel as uint8 and become floats, training clips also augmented, in `on_
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader
 
-from ivideogpt.data.clips import ClipSettings, ExactSampler, FixedClips, TrainingClips, collate
+from ivideogpt.data.choices import check_names
+from ivideogpt.data.clips import ClipSettings, ExactSampler, FixedClips, TrainingClips, collate, crop_seed
+from ivideogpt.data.file_cache import DEFAULT_LIMIT, FileCache
 from ivideogpt.data.mixture_names import PREFIX, named_mixture, temperature_weights
-from ivideogpt.data.mixtures import Mixture
+from ivideogpt.data.mixtures import DEFAULT_WINDOW, Mixture, of_cameras, recordings_of
 from ivideogpt.data.position import PositionDataModule, rank_and_world
 from ivideogpt.data.reader import ShardSet
+from ivideogpt.data.statistics import action_statistics
 from ivideogpt.data.transforms import Augmentation, augment, to_float
 
 
@@ -34,7 +39,8 @@ class VideoDataModule(PositionDataModule):
         val_batch_size: The same in validation; None: as in training.
         num_workers: Loading processes on each device.
         seed: Decides the order and content of all training clips.
-        stride: Frames to move on for each frame of the clip; None: to `target_rate` by each episode's frame rate.
+        stride: Frames to move on for each frame of the clip; None: to `target_rate` by each episode's frame rate. By
+            source (a name or a pattern such as `oxe/*`), None for those that are not named.
         target_rate: Frames a second to aim at where `stride` is None.
         horizon: Select the clip's frames at random out of a window of so many; None: consecutive frames.
         shuffle_frames: Put the frames of a training clip into random order.
@@ -51,6 +57,12 @@ class VideoDataModule(PositionDataModule):
         verify: Hash every shard when it is opened.
         root: Folder in which the data sets of a named mixture lie.
         temperature: Draw the sets of `train` in proportion to `frames ** (1 / temperature)` in place of weights.
+        camera: Use the episodes of this camera only; by source, of those that are named.
+        pad_actions: Let widths of actions differ: pad them with zeros to the widest and deliver `source`, a list of the
+            clips' sources. For a transformer with several action spaces.
+        window_shards: Shards of a set behind a URL whose episodes are mixed; as many are fetched ahead.
+        cache: Folder in which files from behind URLs are kept; None: `$IVIDEOGPT_CACHE`, else `~/.cache/ivideogpt`.
+        cache_gigabytes: What it may hold, in 10^9 bytes.
 
     Raises:
         ValueError: Contradicting arguments, or sets that do not go together.
@@ -67,7 +79,7 @@ class VideoDataModule(PositionDataModule):
         val_batch_size: int | None = None,
         num_workers: int = 1,
         seed: int = 0,
-        stride: int | None = 1,
+        stride: int | dict[str, int | None] | None = 1,
         target_rate: float = 3.0,
         horizon: int | None = None,
         shuffle_frames: bool = False,
@@ -83,11 +95,21 @@ class VideoDataModule(PositionDataModule):
         verify: bool = False,
         root: str = "runs/data",
         temperature: float | None = None,
+        camera: str | dict[str, str] | None = None,
+        pad_actions: bool = False,
+        window_shards: int = DEFAULT_WINDOW,
+        cache: str | None = None,
+        cache_gigabytes: float = DEFAULT_LIMIT / 1e9,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, epoch_batches)
         if temperature is not None and isinstance(train, Mapping):
             raise ValueError(f"temperature {temperature} and weights were given for {list(train)}; give one of the two")
         self.root, self.temperature = root, temperature
+        if window_shards < 1:
+            raise ValueError(f"window_shards must be at least 1, got {window_shards}")
+        self.window_shards, self.cache = window_shards, FileCache(cache, cache_gigabytes * 1e9)
+        self.pad_actions = pad_actions
+        self.camera: dict[str, str] = {"*": camera} if isinstance(camera, str) else dict(camera or {})
         if segment_length <= context_length or context_length < 1:
             raise ValueError(f"segment_length {segment_length} must exceed context_length {context_length} >= 1")
         if resolution < 1:
@@ -102,7 +124,8 @@ class VideoDataModule(PositionDataModule):
         self.augmentation = Augmentation() if augment else None
         common: dict[str, Any] = {
             "resolution": resolution,
-            "stride": stride,
+            "stride": None if isinstance(stride, Mapping) else stride,
+            "strides": tuple(stride.items()) if isinstance(stride, Mapping) else (),
             "target_rate": target_rate,
             "horizon": horizon,
             "goal": goal,
@@ -123,18 +146,34 @@ class VideoDataModule(PositionDataModule):
         if self._mixtures is None:
             train = self._open(self.train_source, self.temperature)
             val = None if self.val_source is None else self._open(self.val_source)
+            opened = [shards for mixture in (train, val) if mixture is not None for shards in mixture.sets.values()]
+            sources = {source for shards in opened for source in shards.index.sources}
+            check_names([name for name, _ in self.train_settings.strides], sources, "stride")
+            check_names(self.camera, sources, "camera")
             if self.holdout_every is not None:
-                chosen = range(self.holdout_every - 1, len(train), self.holdout_every)
-                if not chosen:
-                    raise ValueError(f"holdout_every={self.holdout_every} of {len(train)} episodes leaves none")
-                held = set(chosen)
-                val = Mixture(train.sets, None, [train.episodes[i] for i in chosen])
-                rest = [episode for i, episode in enumerate(train.episodes) if i not in held]
-                train = Mixture(train.sets, train.weights, rest)
+                train, val = self._held_out(train, self.holdout_every)
             self._mixtures = train, val
-            self._common("action_dim", "actions", self.train_settings.actions)
+            if self.pad_actions:
+                self.train_settings, self.val_settings = (
+                    dataclasses.replace(settings, action_width=self.action_dim or 1)
+                    for settings in (self.train_settings, self.val_settings)
+                )
+            else:
+                self._common("action_dim", "actions", self.train_settings.actions)
             self._common("has_rewards", "rewards", self.train_settings.rewards)
         return self._mixtures
+
+    def _held_out(self, train: Mixture, every: int) -> tuple[Mixture, Mixture]:
+        """Every so many-th recording, with all its cameras, apart from the others."""
+        recordings = recordings_of(train)
+        held = set(range(every - 1, max(recordings) + 1, every))
+        if not held:
+            raise ValueError(f"holdout_every={every} of {max(recordings) + 1} recordings leaves none")
+        parts: tuple[list[tuple[str, int]], list[tuple[str, int]]] = [], []
+        for episode, recording in zip(train.episodes, recordings, strict=True):
+            parts[recording in held].append(episode)
+        rest = Mixture(train.sets, train.weights, parts[0], self.window_shards)
+        return rest, Mixture(train.sets, None, parts[1], self.window_shards)
 
     def _open(self, source: str | list[str] | Mapping[str, float], temperature: float | None = None) -> Mixture:
         if isinstance(source, str) and source.startswith(PREFIX):
@@ -142,13 +181,16 @@ class VideoDataModule(PositionDataModule):
         names = [source] if isinstance(source, str) else list(source)
         if not names or len(set(names)) != len(names):
             raise ValueError(f"name one or more different shard sets, got {names}")
-        sets = {name: ShardSet(name, self.policy, self.verify) for name in names}
+        sets = {name: ShardSet(name, self.policy, self.verify, self.cache) for name in names}
         self._skipped_at_open += sum(len(shards.skipped) for shards in sets.values())
         weights = source if isinstance(source, Mapping) else None
         if temperature is not None:
             sizes = {name: int(shards.index["frames"].sum()) for name, shards in sets.items()}
             weights = temperature_weights(sizes, temperature)
-        return Mixture(sets, weights)
+        episodes = of_cameras(sets, self.camera) if self.camera else None
+        mixture = Mixture(sets, weights, episodes, self.window_shards)
+        mixture.check_room(self.cache.limit)
+        return mixture
 
     def _common(self, field: str, what: str, wanted: bool) -> Any:
         """The value of a manifest field that all episodes share; None where it is not wanted."""
@@ -171,8 +213,33 @@ class VideoDataModule(PositionDataModule):
     @property
     def action_dim(self) -> int | None:
         """Width of the actions delivered; None without actions."""
+        if self.pad_actions:
+            return max((dim for dim in self.action_dims.values() if dim is not None), default=None)
         self.mixtures()
         return self._common("action_dim", "actions", self.train_settings.actions)
+
+    @property
+    def action_dims(self) -> dict[str, int | None]:
+        """Width of the actions of each source.
+
+        Raises:
+            ValueError: Those of one source differ.
+        """
+        found: dict[str, int | None] = {}
+        for mixture in self.mixtures():
+            for shards in mixture.sets.values() if mixture is not None else ():
+                columns = np.stack([shards.index["source"], shards.index["action_dim"]])
+                for source, width in np.unique(columns, axis=1).T.tolist():
+                    name = shards.index.sources[source]
+                    if found.setdefault(name, width or None) != (width or None):
+                        raise ValueError(f"the episodes of {name} have actions of the widths {found[name]} and {width}")
+        return found
+
+    def action_statistics(self, source: str = "*") -> dict[str, list[float]]:
+        """Mean and standard deviation of the training sets' actions; see `statistics.action_statistics`."""
+        train = self.mixtures()[0]
+        manifests = {name: shards.manifest for name, shards in train.sets.items()}
+        return action_statistics(manifests, train.weights, source)
 
     @property
     def has_rewards(self) -> bool:
@@ -201,7 +268,7 @@ class VideoDataModule(PositionDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Opens the sets; a new fit starts at clip 0 unless a checkpoint is loaded after this."""
         train, val = self.mixtures()
-        self._train_clips = TrainingClips(train, self.train_settings, self.seed)
+        self._train_clips = TrainingClips(train, self.train_settings, self.seed, self.augmentation)
         if val is not None:
             self._val_clips = FixedClips(val, self.val_settings, self.val_clips_per_episode)
             if self.policy == "skip":
@@ -235,6 +302,7 @@ class VideoDataModule(PositionDataModule):
         if training:
             self.count_batch()
         if training and self.augmentation is not None:
-            seeds = [(self.seed, number, 5) for number in batch["clip"].tolist()]
-            return batch | {"video": augment(batch["video"], self.augmentation, seeds, self.resolution)}
+            seeds = [crop_seed(self.seed, number) for number in batch["clip"].tolist()]
+            cropped = batch.pop("cropped").tolist()
+            return batch | {"video": augment(batch["video"], self.augmentation, seeds, self.resolution, cropped)}
         return batch | {"video": to_float(batch["video"])}

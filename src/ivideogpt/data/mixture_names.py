@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from ivideogpt.data.file_cache import is_url
 from ivideogpt.data.manifest import MANIFEST
 from ivideogpt.data.sources.rlds import oxe_table
 
@@ -40,7 +41,7 @@ def named_mixture(name: str, root: str) -> dict[str, float]:
 
     Args:
         name: Of the mixture.
-        root: Folder that the data sets' shards lie in, each under its name.
+        root: Folder that the data sets' shards lie in, each under its name; or its URL.
 
     Raises:
         ValueError: There is no such mixture, or shards of it are missing; the message lists them.
@@ -48,6 +49,8 @@ def named_mixture(name: str, root: str) -> dict[str, float]:
     table = mixture_table()
     if name not in table:
         raise ValueError(f"there is no mixture {name!r}; there are {', '.join(table)}")
+    if is_url(root):
+        return {f"{root.rstrip('/')}/{data_set}": share for data_set, share in table[name].items()}
     folders = {str(Path(root) / data_set): share for data_set, share in table[name].items()}
     missing = [folder for folder in folders if not (Path(folder) / MANIFEST).is_file()]
     if missing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,45 @@ def overall(statistics: BySource) -> dict[str, Any]:
         for kind, stats in total.items():
             stats.merge(of_source[kind])
     return results(total)
+
+
+def action_statistics(
+    manifests: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float] | None = None, source: str = "*"
+) -> dict[str, list[float]]:
+    """Mean and standard deviation of each action dimension over shard sets, as a transformer normalises by them.
+
+    Args:
+        manifests: of the sets by name.
+        weights: shares of the sets in a mixture; None: by their actions.
+        source: only of sources of this name or pattern.
+
+    Returns:
+        ``action_mean`` and ``action_std``; a dimension that never changes has 1 there, so that it stays 0.
+
+    Raises:
+        ValueError: there are no statistics, or widths differ.
+    """
+    rows = []
+    for name, manifest in manifests.items():
+        found = [(s, entry) for s, entry in manifest["sources"].items() if fnmatchcase(s, source)]
+        whole = len(found) == len(manifest["sources"])
+        stats = [manifest["statistics"]["actions"]] if whole else [
+            entry.get("statistics", {}).get("actions") for _, entry in found
+        ]  # fmt: skip
+        stats = [entry for entry in stats if entry is not None]
+        total = sum(entry["count"] for entry in stats)
+        share = total if weights is None else weights[name]
+        rows += [(share * entry["count"] / total, entry["mean"], entry["std"]) for entry in stats]
+    widths = sorted({len(mean) for _, mean, _ in rows})
+    if len(widths) != 1:
+        what = f"their widths differ: {widths}" if widths else "there are no statistics of actions"
+        raise ValueError(f"actions of {', '.join(manifests)} cannot be normalised: {what} (sources {source!r})")
+    parts = np.array([share for share, _, _ in rows])[:, None]
+    means, stds = (np.array([row[i] for row in rows], np.float64) for i in (1, 2))
+    mean = (parts * means).sum(0) / parts.sum()
+    std = np.sqrt(np.maximum((parts * (stds**2 + means**2)).sum(0) / parts.sum() - mean**2, 0))
+    std[std <= 1e-6 * np.maximum(1.0, np.abs(mean))] = 1.0
+    return {"action_mean": mean.tolist(), "action_std": std.tolist()}
 
 
 class RunningStats:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from ivideogpt.data.codec import CorruptRecordError
 from ivideogpt.data.manifest import MANIFEST, file_sha256
 from ivideogpt.data.reader import ShardSet
 from ivideogpt.data.segments import even_starts, last_start, shrink_stride
-from ivideogpt.data.transforms import Augmentation, augment, to_float
+from ivideogpt.data.transforms import Augmentation, augment, random_crop, to_float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ class ClipPlan(Dataset[dict[str, Any]]):
         lengths, rates = shards.index["frames"].tolist(), shards.index["fps"].tolist()
         for index in range(len(shards)):
             length = lengths[index]
-            stride = self.clip_settings.stride_of(rates[index])
+            stride = self.clip_settings.stride_of(rates[index], shards.source(index))
             if settings.every is None:
                 assert settings.clips_per_episode is not None
                 starts = even_starts(length, window, stride, settings.clips_per_episode)
@@ -134,8 +135,12 @@ class ClipPlan(Dataset[dict[str, Any]]):
         about = {"key": shards.key(episode), "source": source, "episode": episode, "start": start, "draw": draw}
         record = shards.record(episode)
         if record is not None:
+            crop = None
+            if self.augmentation is not None:
+                seed = self._seed(source, episode, start, draw)
+                crop = partial(random_crop, config=self.augmentation, seed=seed, resolution=self.settings.resolution)
             try:
-                return about | cut_clip(record, self.clip_settings, start, None)
+                return about | cut_clip(record, self.clip_settings, start, None, crop)
             except CorruptRecordError as error:
                 shards.bad(episode, error)
         return about | {"bad": True}
@@ -145,8 +150,11 @@ class ClipPlan(Dataset[dict[str, Any]]):
         if self.augmentation is None:
             return to_float(batch["video"])
         places = zip(batch["source"], batch["episode"], batch["start"], batch["draw"], strict=True)
-        seeds = [(self.settings.seed, *map(int, place), 6) for place in places]
-        return augment(batch["video"], self.augmentation, seeds, self.settings.resolution)
+        seeds = [self._seed(*map(int, place)) for place in places]
+        return augment(batch["video"], self.augmentation, seeds, self.settings.resolution, batch["cropped"].tolist())
+
+    def _seed(self, source: int, episode: int, start: int, draw: int) -> tuple[int, ...]:
+        return self.settings.seed, source, episode, start, draw, 6
 
     def describe(self) -> dict[str, Any]:
         """The part of `tokenized.SETTINGS` that the plan decides."""
@@ -161,7 +169,7 @@ def collate_clips(clips: list[dict[str, Any]]) -> dict[str, Any]:
     """Batch of the good clips: stacked arrays, lists of the numbers and keys, and `skipped`, the bad ones' keys."""
     good = [clip for clip in clips if "bad" not in clip]
     batch: dict[str, Any] = {"skipped": [clip["key"] for clip in clips if "bad" in clip]}
-    for name in ("video", "actions", "rewards") if good else ():
+    for name in ("video", "actions", "rewards", "cropped") if good else ():
         if name in good[0]:
             batch[name] = stack([clip[name] for clip in good])
     return batch | {name: [clip[name] for clip in good] for name in ("key", "source", "episode", "start", "draw")}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -107,11 +108,29 @@ def apply_draw(video: Tensor, draw: Draw, resolution: int) -> Tensor:
     return apply_draws(video[None], [draw], resolution)[0]
 
 
-def augment(video: Tensor, config: Augmentation, seeds: Sequence[int | tuple[int, ...]], resolution: int) -> Tensor:
-    """Augments clips (B, T, 3, H, W), each by its seed alone, whatever the batch; float32 in [0, 1]."""
+Seed: TypeAlias = "int | tuple[int, ...]"
+
+
+def augment(
+    video: Tensor, config: Augmentation, seeds: Sequence[Seed], resolution: int, cropped: Sequence[bool] | None = None
+) -> Tensor:
+    """Augments clips (B, T, 3, H, W), each by its seed alone, whatever the batch; float32 in [0, 1].
+
+    Those that `random_crop` has `cropped` already get their colours.
+    """
     height, width = video.shape[-2:]
     draws = [draw_augmentation(config, height, width, np.random.default_rng(seed)) for seed in seeds]
+    if cropped is not None:
+        whole = (0, 0, height, width)
+        draws = [Draw(whole, d.steps) if done else d for d, done in zip(draws, cropped, strict=True)]
     return apply_draws(video, draws, resolution)
+
+
+def random_crop(video: Tensor, config: Augmentation, seed: Seed, resolution: int) -> Tensor:
+    """The crop that a seed draws out of a clip (T, 3, H, W), resized; bytes stay bytes."""
+    height, width = video.shape[-2:]
+    top, left, height, width = draw_augmentation(config, height, width, np.random.default_rng(seed)).crop
+    return _resize(video[..., top : top + height, left : left + width], resolution)
 
 
 def resize(video: Tensor, resolution: int) -> Tensor:

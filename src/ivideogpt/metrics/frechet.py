@@ -156,7 +156,8 @@ class FrechetDistance(Metric):
     def chance(self, seed: int = 0) -> float:
         """What this many videos of the *same* distribution would score: the part of the distance that is no difference.
 
-        Drawn from a Gaussian with the predicted videos' covariance, or the real ones' if these are more.
+        Drawn from a Gaussian with the predicted videos' covariance, or the real ones' if these are more. Samples of one
+        video resemble each other, so that many samples of few videos score more than this.
         """
         larger = self.predicted if self.counts[1] >= self.counts[0] else self.real
         return chance_distance(mean_and_covariance(larger)[1], *self.counts, seed=seed)

@@ -15,11 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ivideogpt.layout import IGNORE_INDEX
 from ivideogpt.metrics.judges import Judges
 from ivideogpt.metrics.protocols import EvaluationProtocol
+from ivideogpt.metrics.tokens import TokenPerplexity
 
 BATCH_SIZE = 32
 """Samples that are rolled out at once."""
@@ -291,14 +290,13 @@ def _tokens(work: Work, video: Tensor, actions: Tensor | None) -> dict[str, Any]
     if getattr(model, "tokenizer", None) is None:
         return None
     tokens, labels = model.tokenizer.tokenize(video.to(next(model.tokenizer.parameters()).dtype))
-    labels = labels.masked_fill(labels == model.layout.dynamics_slot_id, IGNORE_INDEX)  # slots are no news
     logits = model(tokens, None if actions is None else actions[:, : video.shape[1]]).logits
-    losses = F.cross_entropy(logits[0, :-1].float(), labels[0, 1:], ignore_index=IGNORE_INDEX, reduction="none")
-    counted = labels[0, 1:] != IGNORE_INDEX
+    perplexity = TokenPerplexity(left_out=(model.layout.dynamics_slot_id,))  # slots are no news
+    perplexity.update(logits, labels)
     context, dynamics = model.layout.split(tokens)
     return {
-        "loss": float(losses.double().sum()),
-        "count": int(counted.sum()),
+        "loss": float(perplexity.loss),
+        "count": int(perplexity.tokens),
         "context": torch.unique(context).tolist(),
         "dynamics": torch.unique(dynamics).tolist(),
     }

@@ -23,6 +23,9 @@ from ivideogpt.metrics.video import check_range
 FOLDER_VARIABLE = "IVIDEOGPT_NETWORKS"
 """Environment variable that names a folder of such files."""
 
+LARGEST = 2 * 10**9
+"""Bytes beyond which a file is not read: it is none of these networks."""
+
 BATCH_SIZE = 16
 """Videos that go through a feature network at once."""
 
@@ -128,9 +131,15 @@ def find_weights(name: str, path: str | os.PathLike[str] | None = None, sha256: 
         raise ValueError(f"there is no network {name!r}: choose from {', '.join(WEIGHT_FILES)}")
     if path is not None:
         return _checked(name, Path(path).expanduser(), sha256)
+    refused: ValueError | None = None
     for candidate in _candidates(name):
         if candidate.is_file():
-            return _checked(name, candidate, sha256)
+            try:
+                return _checked(name, candidate, sha256)
+            except ValueError as error:  # another place may have the right one
+                refused = refused or error
+    if refused is not None:
+        raise refused
     return Missing(name, how_to_get(name))
 
 
@@ -198,6 +207,8 @@ def _candidates(name: str) -> list[Path]:
 def _checked(name: str, path: Path, sha256: str | None) -> Weights:
     if not path.is_file():
         raise ValueError(f"there is no file {path} with the weights of {name!r}")
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than any network that is used here")
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     published = [entry.sha256 for entry in WEIGHT_FILES[name]]

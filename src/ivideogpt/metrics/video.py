@@ -45,12 +45,12 @@ def check_range(video: Tensor, what: str, finite: bool = False) -> None:
             f"{what} hold values that are not finite (NaN or infinity): the model or the recording is broken"
         )
     if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
-        cure = (
-            "add 1 and divide by 2" if -1 - RANGE_TOLERANCE <= low < 0 and high <= 1 + RANGE_TOLERANCE else "scale them"
-        )
-        if low >= 0 and 1 < high <= 255:
+        cure = "clamp them"
+        if low < 0 and low >= -1 - RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE:
+            cure = "if their range is [-1, 1], add 1 and divide by 2; else clamp them"
+        elif low >= 0 and high <= 255:
             cure = "divide 8-bit frames by 255"
-        raise ValueError(f"{what} must be in [0, 1], got values from {low:.4g} to {high:.4g}: {cure}, or clamp them")
+        raise ValueError(f"{what} must be in [0, 1], got values from {low:.4g} to {high:.4g}: {cure}")
 
 
 def _check(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,11 +58,6 @@ def _check(prediction: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             "prediction and truth must be videos (B, T, C, H, W) of the same shape, "
             f"got {tuple(prediction.shape)} and {tuple(truth.shape)}"
-        )
-    if not (prediction.is_floating_point() and truth.is_floating_point()):
-        raise ValueError(
-            f"prediction and truth must be floats in [0, 1], got {prediction.dtype} and {truth.dtype}: "
-            "divide 8-bit frames by 255"
         )
     check_range(prediction, "predicted frames")
     check_range(truth, "true frames")
@@ -119,5 +114,11 @@ HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "mse": False}
 
 @torch.no_grad()
 def frame_metrics(prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """All metrics of this file, each (B, T), on the CPU in float64."""
+    """All metrics of this file, each (B, T), on the CPU in float64.
+
+    Raises:
+        ValueError: as they do, and for frames that are not finite.
+    """
+    check_range(prediction, "predicted frames", finite=True)
+    check_range(truth, "true frames", finite=True)
     return {name: metric(prediction, truth).double().cpu() for name, metric in METRICS.items()}

@@ -18,8 +18,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ivideogpt.drawing import save_comparison, save_png, strip
+from ivideogpt.metrics.tokens import codebook_usage
 from ivideogpt.models.tokenizer import CompressiveTokenizer
-from ivideogpt.training.codebook import codebook_usage
 from ivideogpt.training.sharding import is_sharded
 
 

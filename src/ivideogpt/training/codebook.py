@@ -1,4 +1,4 @@
-"""Codebook help: re-seeds entries that no vector chose for a while, and measures how much of a codebook is used."""
+"""Codebook help: re-seeds entries that no vector chose for a while."""
 
 from __future__ import annotations
 
@@ -64,10 +64,3 @@ class CodebookRestart(nn.Module):
                 if isinstance(value, Tensor) and value.shape == codebook.shape:
                     value[dead] = 0
         return len(dead)
-
-
-def codebook_usage(counts: Tensor) -> tuple[float, float]:
-    """Perplexity (effective number of entries) and used fraction of a codebook with choice ``counts`` (K,)."""
-    shares = counts.double() / counts.sum().clamp_min(1)
-    entropy = -(shares * torch.log(shares.clamp_min(1e-12))).sum()
-    return float(torch.exp(entropy)), float((counts > 0).double().mean())

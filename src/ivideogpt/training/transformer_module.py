@@ -12,12 +12,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import Optimizer
 from torchmetrics import PearsonCorrCoef
 
+from ivideogpt.models.action_layers import ActionLayers
 from ivideogpt.models.reward_head import RewardHead
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer, next_token_loss
 from ivideogpt.rollout.engine import rollout
+from ivideogpt.training.actions import (
+    check_spaces,
+    embed_batch_actions,
+    fit_statistics,
+    keep_action_layers_alone,
+    one_space,
+    prepare_actions,
+)
 from ivideogpt.training.embedding_seeds import seed_embeddings as codebook_embeddings
 from ivideogpt.training.module import TrainingModule
 from ivideogpt.training.optim import Schedule
@@ -59,6 +69,10 @@ class TransformerModule(TrainingModule):
             such as ``"transformer.embed_tokens"``.
         action_mean: subtracted from the actions (A,); 0 if None.
         action_std: what the actions are divided by (A,); 1 if None.
+        action_statistics_from_data: takes both from the training data; they are saved with the model.
+        action_warmup_updates: first updates that train the action layer alone, where a fresh one meets a trained model.
+        action_spaces: size of an action by the source of the data (a name or pattern), for one model of several
+            embodiments: each gets an action layer of its own. The data then need ``pad_actions``.
         seed_embeddings: starts a fresh transformer with embeddings made of the codebooks
             (:func:`ivideogpt.training.embedding_seeds.seed_embeddings`); a trained one would lose its own.
         activation_checkpointing: computes each block again in the backward pass, for the memory that it saves.
@@ -68,6 +82,7 @@ class TransformerModule(TrainingModule):
 
     action_mean: Tensor
     action_std: Tensor
+    action_layers: ActionLayers | None
 
     def __init__(
         self,
@@ -84,6 +99,9 @@ class TransformerModule(TrainingModule):
         freeze: Sequence[str] = (),
         action_mean: Sequence[float] | None = None,
         action_std: Sequence[float] | None = None,
+        action_statistics_from_data: bool = False,
+        action_warmup_updates: int = 0,
+        action_spaces: dict[str, int] | None = None,
         seed_embeddings: bool = False,
         activation_checkpointing: bool = False,
         max_bad_updates: int = 0,
@@ -108,14 +126,12 @@ class TransformerModule(TrainingModule):
             codebook_embeddings(transformer, tokenizer)
         for name in freeze:
             self._freeze_by_name(name)
-        width = transformer.config.action_dim or 1
-        if (action_mean is None) != (action_std is None):
-            raise ValueError(f"action_mean {action_mean!r} and action_std {action_std!r} belong together")
-        self.normalizes = action_mean is not None
-        self.register_buffer("action_mean", _row(action_mean, 0.0, width, "action_mean"), persistent=False)
-        self.register_buffer("action_std", _row(action_std, 1.0, width, "action_std"), persistent=False)
-        if (self.action_std <= 0).any():
-            raise ValueError(f"action_std must be positive, got {action_std!r}")
+        self.normalizes = action_mean is not None or action_statistics_from_data
+        self.action_statistics_from_data, self.action_warmup_updates = (
+            action_statistics_from_data,
+            action_warmup_updates,
+        )
+        prepare_actions(self, action_mean, action_std, action_spaces)
         self.reward_correlation = PearsonCorrCoef()
 
     def _freeze_by_name(self, name: str) -> None:
@@ -134,7 +150,24 @@ class TransformerModule(TrainingModule):
         Raises:
             ValueError: naming what differs.
         """
-        check_token_data(getattr(self.trainer, "datamodule", None), self.tokenizer, self.transformer)
+        data = getattr(self.trainer, "datamodule", None)
+        check_token_data(data, self.tokenizer, self.transformer)
+        if stage != "fit":
+            return
+        if self.action_layers is not None:
+            check_spaces(self.action_layers, data)
+        if self.action_statistics_from_data:
+            fit_statistics(self, data)
+
+    def check_shardable(self) -> None:
+        """Layers of several action spaces are not spread over processes."""
+        if self.action_layers is not None:
+            raise ValueError("several action spaces need whole weights on each process: use strategy=ddp")
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leaves the rest as it is while a fresh action layer is warmed up."""
+        if self.global_step < self.action_warmup_updates:
+            keep_action_layers_alone(self)
 
     @torch.no_grad()
     def tokenize(self, batch: dict[str, Any]) -> Tensor:
@@ -158,14 +191,8 @@ class TransformerModule(TrainingModule):
         tokens = self.tokenize(batch)
         future = layout.num_frames(tokens.shape[1]) - layout.context_length
         embeddings = transformer.embed(tokens)
-        if transformer.config.action_dim is not None:
-            actions = batch.get("actions")
-            if actions is None or actions.shape[-1] != transformer.config.action_dim:
-                found = "none" if actions is None else f"actions of size {actions.shape[-1]}"
-                raise ValueError(
-                    f"the transformer takes actions of size {transformer.config.action_dim}, the batch has {found}"
-                )
-            added = transformer.embed_actions(layout.slot_actions(self.normalize_actions(actions), future))
+        added = embed_batch_actions(self, batch, future)
+        if added is not None:
             positions = layout.slot_positions(future, tokens.device)
             embeddings = embeddings.index_add(1, positions, added.to(embeddings.dtype))
         hidden = transformer.backbone(embeddings)
@@ -219,13 +246,16 @@ class TransformerModule(TrainingModule):
     def imagine(self, batch: dict[str, Any], temperature: float = 1.0, top_k: int | None = 100) -> Tensor:
         """Rollouts of the clips in ``batch`` from their context, (B, T, C, H, W) in [0, 1]; the same seed each time."""
         video, actions = batch["video"], None
-        if self.transformer.config.action_dim is not None:
+        transformer = self.transformer
+        if self.action_layers is not None:
+            transformer, video, actions = one_space(self.action_layers, transformer, batch)
+        elif transformer.config.action_dim is not None:
             actions = self.normalize_actions(batch["actions"])
         context_length = self.layout.context_length
         generator = torch.Generator(video.device).manual_seed(0)
         return rollout(
             self.tokenizer,
-            self.transformer,
+            transformer,
             None,
             video[:, :context_length],
             actions,
@@ -245,11 +275,3 @@ class TransformerModule(TrainingModule):
     def normalize_actions(self, actions: Tensor) -> Tensor:
         """Recorded ``actions`` (B, T, A) as the transformer gets them."""
         return (actions - self.action_mean) / self.action_std
-
-
-def _row(values: Sequence[float] | None, default: float, width: int, name: str) -> Tensor:
-    if values is None:
-        return torch.full((width,), default)
-    if len(values) != width:
-        raise ValueError(f"{name} must have {width} values, one per action dimension, got {len(values)}")
-    return torch.tensor(list(values), dtype=torch.float32)

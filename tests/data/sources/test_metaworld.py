@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ivideogpt.data.reader import ShardSet, verify_set
+from ivideogpt.data.reader import ShardSet
 from ivideogpt.data.sources import rendering
 from ivideogpt.data.sources.metaworld import collect, rollout_expert
+from ivideogpt.data.verification import verify_set
 
 
 @pytest.mark.simulator

@@ -13,20 +13,21 @@ if TYPE_CHECKING:
 def add(commands: _SubParsersAction) -> None:
     """Adds the command."""
     command = commands.add_parser("verify", help="check hashes, structure and every record of a shard set or token set")
-    command.add_argument("shards", help="folder of a shard set or token set, or embedded:train|heldout")
+    command.add_argument("shards", help="folder of a shard set or token set, its URL, or embedded:train|heldout")
     command.set_defaults(func=_verify)
 
 
 def _verify(args: Namespace) -> int:
-    from ivideogpt.data.reader import load_manifest, resolve_source, verify_set
+    from ivideogpt.data.reader import open_source
     from ivideogpt.data.tokenized import holds_tokens, load_token_manifest, verify_token_set
+    from ivideogpt.data.verification import verify_set
 
     if holds_tokens(args.shards):
         faults = verify_token_set(args.shards)
         counts = load_token_manifest(Path(args.shards))["counts"]
         return _report(args.shards, faults, f"{counts['shards']} shard(s), {counts['clips']} clips")
     faults = verify_set(args.shards)
-    counts = load_manifest(resolve_source(args.shards))["counts"]
+    counts = open_source(args.shards).manifest["counts"]
     return _report(args.shards, faults, f"{counts['shards']} shard(s), {counts['episodes']} episodes")
 
 

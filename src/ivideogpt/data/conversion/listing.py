@@ -196,22 +196,10 @@ def _of_set(source: str) -> Listing:
     files, digest = _digest(
         [folder / MANIFEST, *(folder / shard["name"] for shard in shards.manifest["shards"])], folder
     )
-    return Listing(SET, pieces, recordings=_recordings(shards), files=files, digest=digest)
-
-
-def _recordings(shards: ShardSet) -> list[int]:
-    """Number of each episode's recording: cameras of one share it."""
-    known: dict[str, int] = {}
-    numbers = []
-    for index in range(len(shards)):
-        key = shards.key(index)
-        try:
-            record = shards.record(index)
-            name = None if record is None else record.header["metadata"].get("recording")
-        except ValueError:  # reading it will say why
-            name = None
-        numbers.append(known.setdefault(f"{key}\0" if name is None else str(name), len(known)))
-    return numbers + list(range(len(known), len(known) + len(shards.skipped)))
+    recordings = shards.recordings()
+    known = max(recordings) + 1
+    recordings += range(known, known + len(shards.skipped))
+    return Listing(SET, pieces, recordings=recordings, files=files, digest=digest)
 
 
 @lru_cache(maxsize=1)

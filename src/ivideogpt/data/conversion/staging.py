@@ -20,6 +20,7 @@ from typing import Any
 
 from ivideogpt.data.conversion.plan import Plan, Unit
 from ivideogpt.data.conversion.unit import Row, row_file, shard_file
+from ivideogpt.data.locking import locked
 from ivideogpt.data.manifest import MANIFEST, ShardRow, commit_set, list_left_out, refuse_to_replace, write_json
 
 STAGING = ".staging"
@@ -88,7 +89,7 @@ class Staging:
             ValueError: Another process converts into it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / "running.lock", shared=not alone, wait=False):
+        with _running(self.folder / "running.lock", alone, self.folder.parent):
             if self._begin_anew:
                 for path in self.folder.iterdir():
                     if path.suffix != ".lock":
@@ -126,7 +127,7 @@ class Staging:
             ValueError: A set would be empty, or two episodes have one key.
             OSError: Something cannot be written.
         """
-        with _locked(self.folder / "commit.lock", shared=False, wait=True):
+        with locked(self.folder / "commit.lock"):
             if not (self.folder / "plan.json").exists():
                 return False
             conversion = {"conversion": {"digest": self.plan.digest} | self.plan.facts}
@@ -177,15 +178,11 @@ def _head(manifest: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, shared: bool, wait: bool) -> Iterator[None]:
-    """Holds a lock that the system frees when the process ends, however it ends."""
-    import fcntl  # not on Windows
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+def _running(path: Path, alone: bool, out: Path) -> Iterator[None]:
+    """Holds the lock of a conversion; one that reads all of it runs alone."""
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            stack.enter_context(locked(path, shared=not alone, wait=False))
         except BlockingIOError:
-            out = path.parent.parent
             raise ValueError(f"another process is converting into {out}; wait for it, or use --part in both") from None
         yield
