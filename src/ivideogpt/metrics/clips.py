@@ -39,6 +39,7 @@ class ClipSet:
             protocol.resolution,
             stride=protocol.stride,
             target_rate=protocol.target_rate,
+            strides=protocol.strides,
             goal=protocol.goal,
             actions=bool(protocol.actions),
             rewards=all(bool(mixture.sets[name].index.value("has_rewards", row)) for name, row in mixture.episodes),
@@ -67,7 +68,8 @@ class ClipSet:
         for name, index in self.mixture.episodes:
             shards = self.mixture.sets[name]
             row = shards.index
-            length, stride = int(row["frames"][index]), settings.stride_of(float(row["fps"][index]))
+            length, fps = int(row["frames"][index]), float(row["fps"][index])
+            stride = settings.stride_of(fps, shards.source(index))
             if protocol.stride is None:  # is shrunk for short episodes
                 stride = shrink_stride(stride, length, needed)
             if (needed - 1) * stride + 1 > length:
@@ -138,7 +140,7 @@ class ClipSet:
         record, settings = self.mixture.sets[name].record(index), self.clips.settings
         if record is None:
             return None
-        stride = settings.stride_of(record.header["fps"])
+        stride = settings.stride_of(record.header["fps"], record.header["source"])
         rows = clip_indices(len(record), settings.segment_length, stride=stride, start=start, goal=settings.goal)
         return torch.from_numpy(record.frames(rows)).permute(0, 3, 1, 2)
 

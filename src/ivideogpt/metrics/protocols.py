@@ -31,6 +31,7 @@ class EvaluationProtocol:
         clips_per_episode: clips of each episode.
         goal: whether a clip's last frame is put in front of it, counted in the context.
         stride: frames to move on for each frame of the clip; None for what brings the episode to ``target_rate``.
+        strides: (name or pattern, stride) of sources that have one of their own.
         target_rate: frames a second to aim at where ``stride`` is None.
         resolution: height and width in pixels; None is the model's.
         resize: how frames get there.
@@ -61,6 +62,7 @@ class EvaluationProtocol:
     clips_per_episode: int = 1
     goal: bool = False
     stride: int | None = 1
+    strides: tuple[tuple[str, int | None], ...] = ()
     target_rate: float = 3.0
     resolution: int | None = None
     resize: str = RESIZE
@@ -109,7 +111,10 @@ class EvaluationProtocol:
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON has them."""
-        return dataclasses.asdict(self) | {"metrics": list(self.metrics)}
+        return dataclasses.asdict(self) | {
+            "metrics": list(self.metrics),
+            "strides": [list(one) for one in self.strides],
+        }
 
     def changed(self, **changes: Any) -> EvaluationProtocol:
         """With other values; it is then a custom protocol that remembers what it was made of.
@@ -163,6 +168,7 @@ class EvaluationProtocol:
         named = self.name if self.base is None else f"{self.name}, made of {self.base}"
         start = "frame 0 of the episode" if self.first_frame == "first" else f"{self.clips_per_episode} evenly spaced"
         rate = f"stride {self.stride}" if self.stride is not None else f"brought to {self.target_rate:g} Hz"
+        rate += "".join(f", {name}: {stride or 'by its rate'}" for name, stride in self.strides)
         actions = {True: "as recorded", False: "none", None: "as the model takes them"}[self.actions]
         sampling = "argmax" if self.greedy else f"temperature {self.temperature:g}, top-k {self.top_k or 'off'}"
         return [

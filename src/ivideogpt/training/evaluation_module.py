@@ -145,7 +145,7 @@ class EvaluationModule(LightningModule):
             if settings.horizon is not None or settings.shuffle:
                 raise ValueError("an evaluation needs consecutive frames: leave out `horizon` and `shuffle_frames`")
             protocol = protocol.changed(
-                goal=settings.goal, stride=settings.stride, target_rate=settings.target_rate,
+                goal=settings.goal, stride=settings.stride, strides=settings.strides, target_rate=settings.target_rate,
                 clips_per_episode=data.datamodule.val_clips_per_episode,
             )  # fmt: skip
         settled = protocol.settled(self.world_model.config)
