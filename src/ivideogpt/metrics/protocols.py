@@ -268,10 +268,14 @@ def protocol_named(name: str) -> EvaluationProtocol:
 
 
 def differing_fields(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Fields of two protocols (:meth:`EvaluationProtocol.to_json`) that differ, as ``name: x against y``."""
-    names = [*first, *(name for name in second if name not in first)]
+    """Fields of two protocols (:meth:`EvaluationProtocol.to_json`) that differ, as ``name: x against y``.
+
+    A field that a file of an older version lacks is as it was then, at its default.
+    """
+    usual = EvaluationProtocol().to_json()
+    one, other = usual | first, usual | second
     return [
-        f"{name}: {first.get(name, 'absent')!r} against {second.get(name, 'absent')!r}"
-        for name in names
-        if first.get(name, "absent") != second.get(name, "absent")
+        f"{name}: {one.get(name)!r} against {other.get(name)!r}"
+        for name in dict.fromkeys([*one, *other])
+        if one.get(name) != other.get(name)
     ]
