@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
+from ivideogpt.metrics import video
 from ivideogpt.metrics.lpips import LPIPS
 from ivideogpt.metrics.networks import RANDOM, Missing, find_feature_network, find_weights
 from ivideogpt.metrics.protocols import EvaluationProtocol
-from ivideogpt.metrics.video import mse, psnr, ssim
 
 LABELS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "mse": "MSE", "fvd": "FVD"}
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False, "mse": False, "fvd": False}
+HIGHER_IS_BETTER = {**video.HIGHER_IS_BETTER, "lpips": False, "fvd": False}
 
 
 @dataclass
 class Judges:
-    """Attributes: frames, features, missing, hashes.
+    """The metrics and networks that are at hand, and what is missing.
 
     Attributes:
         frames: metric -> function of (prediction, truth), both (B, T, C, H, W) in [0, 1], that gives (B, T).
@@ -51,7 +51,7 @@ def judges_for(
     Raises:
         ValueError: if a file is not what it should be.
     """
-    judges = Judges({"psnr": psnr, "ssim": ssim, "mse": mse})
+    judges = Judges(dict(video.METRICS))
     if "lpips" in protocol.metrics:
         _add_lpips(judges, protocol.lpips, lpips_weights, device)
     if "fvd" in protocol.metrics and protocol.fvd is not None:
