@@ -89,7 +89,7 @@ def test_a_number_needs_a_results_file() -> None:
         results = section(card.entry_card(entry), "Results")
         measured = results.partition("Published by the authors")[0]
         assert measured.strip() == "Not evaluated by this project."
-        files = [result.file for result in card.results_of(name, FOLDER / "results")]
+        files = card.results_files(name, FOLDER / "results")
         assert bool(files) == ("Measured by this project" in text_of(name))
         for prose in (entry.summary, *entry.limits, *entry.failures):
             assert not re.search(r"\d+\.\d|\d\s*(dB|%|x\b|times)|(PSNR|SSIM|LPIPS|FVD|MSE)\W+\d", prose), prose
@@ -112,7 +112,10 @@ SCHEMA_2: dict[str, Any] = {
             "shuffled_actions": {"mse_ratio": 1.5}, "reward": {"pearson_r": 0.875},
         }
     },
-    "overall": {"clips": 4, "model": {"psnr": 31.0}, "curves": {"model": {"psnr": [33.0, 30.0]}}},
+    "overall": {
+        "clips": 4, "model": {"psnr": 31.0}, "curves": {"model": {"psnr": [33.0, 30.0]}},
+        "fvd": {"value": 75.25, "std_over_runs": 0.5}, "distance_of_other_features": {"label": "x", "value": 1234.5},
+    },
 }  # fmt: skip
 
 
@@ -128,18 +131,21 @@ def test_results_are_shown_with_protocol_seed_and_intervals(tmp_path: Path, caps
     assert f"protocol `bair`, file `results/{name}.bair.json`" in text
     assert (
         "| task | clips | episodes | psnr | psnr, last frame repeated | mse ratio, actions shuffled | reward r | token "
-        "perplexity |\n" in text
+        "perplexity | fvd |\n" in text
     )
     assert (
-        "| plate\\|slide | 4 | 2 | 31.23 ± 0.5 [30, 32.5] | 20 | 1.5 | 0.875 | 7.25 |\n| overall | 4 | - | 31 |" in text
+        "| plate\\|slide | 4 | 2 | 31.23 ± 0.5 [30, 32.5] | 20 | 1.5 | 0.875 | 7.25 | - |\n| overall | 4 | - | 31 |"
+        in text
     )
+    assert "75.25 ± 0.5" in text
+    assert "1234" not in text  # a distance of other features is no FVD
     assert "- fvd: not evaluated: no weights of i3d; get them &lt;here&gt;" in text
     assert "- psnr, frame by frame: 33, 30" in text
     assert '- horizon: 15\n- runs: 3\n- metrics: ["psnr", "fvd"]\n- seed: 3\n' in text
     assert "an interval over 4 videos" in text
     data: Any = ModelCard((tmp_path / f"{name}.md").read_text()).data
     assert [(r.dataset_type, r.metric_type, r.metric_value) for r in data.eval_results] == [
-        ("plate|slide", "psnr", 31.2345678), ("overall", "psnr", 31.0),
+        ("plate|slide", "psnr", 31.2345678), ("overall", "psnr", 31.0), ("overall", "fvd", 75.25),
     ]  # fmt: skip
     assert data.eval_results[0].task_name == "video prediction, protocol bair"
 

@@ -7,6 +7,7 @@ import json
 import pickle
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ LOAD = """
 import resource
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    ivideogpt.from_pretrained("evil/model")
+    ivideogpt.from_pretrained(name)
 finally:
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 100_000, f"{grown} kB"
@@ -134,33 +135,33 @@ CASES: dict[str, tuple[Callable[[Files], None], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_refused_before_anything_is_spent(
-    case: str, hub: Hub, new_client: Callable[..., HubClient], published: Files
-) -> None:
+def test_it_is_refused_before_anything_is_spent(case: str, hub: Hub, client: HubClient, published: Files) -> None:
     damage, message = CASES[case]
     files = dict(published)
     damage(files)
-    hub.add("evil/model", files)
-    client = new_client()
+    number = list(CASES).index(case)
+    hub.add(f"evil/case-{number}", files)
     with pytest.raises(ClientError, match=message) as caught:
-        client.run(LOAD)
+        client.run(LOAD, name=f"evil/case-{number}")
     assert caught.value.kind == "RefusedRepositoryError"
-    assert "'evil/model'" in str(caught.value)
-    cached = [path for path in client.home.rglob("*") if path.is_file()]
-    assert not [path for path in cached if path.suffix == ".safetensors" or "climbed" in path.name or path.name == "x"]
+    assert f"'evil/case-{number}'" in str(caught.value)
+    cached = [path for path in client.home.rglob(f"*evil--case-{number}/**/*") if path.is_file()]
+    assert not [path for path in cached if path.suffix == ".safetensors"]
     assert sum(path.stat().st_size for path in cached) < BIG  # less than any weights
     assert max((hub.sent.get(name, 0) for name in (TOKENIZER, TRANSFORMER)), default=0) < 2**18  # headers at most
+    assert not [path for path in client.home.rglob("*") if "climbed" in path.name]
+    assert not list(Path("/etc").glob("cron.d/x")) and not Path("/tmp/unpickled-by-ivideogpt").exists()
 
 
 def test_only_pickles(hub: Hub, client: HubClient) -> None:
     hub.add("evil/model", {"tokenizer/config.json": b"{}", "pytorch_model.bin": pickle.dumps(Bomb())})
     with pytest.raises(ClientError, match="never loaded because they can run any code. It holds .*bin") as caught:
-        client.run(LOAD)
+        client.run(LOAD, name="evil/model")
     assert caught.value.kind == "ModelNotFoundError"
     assert hub.sent == {}
 
 
-def test_more_than_the_disk_holds(hub: Hub, new_client: Callable[..., HubClient], published: Files) -> None:
+def test_more_than_the_disk_holds(hub: Hub, client: HubClient, published: Files) -> None:
     """The listing and the header agree on a petabyte."""
     size = 10**15 // 4 // 32
     files = dict(published)
@@ -176,17 +177,17 @@ def test_more_than_the_disk_holds(hub: Hub, new_client: Callable[..., HubClient]
             count *= length
         rows[name], place = {"dtype": "F32", "shape": shape, "data_offsets": [place, place + count]}, place + count
     files[TRANSFORMER] = header(rows)
-    repository = hub.add("evil/model", files)
+    repository = hub.add("evil/petabyte", files)
     repository.claimed_sizes[TRANSFORMER] = len(files[TRANSFORMER]) + place
     with pytest.raises(ClientError, match=r"have [\d,]+ bytes, and the disk of the cache .* has room for"):
-        new_client().run(LOAD)
+        client.run(LOAD, name="evil/petabyte")
     assert hub.sent[TRANSFORMER] < 2**18
 
 
 def test_a_listing_without_end(hub: Hub, client: HubClient, published: Files) -> None:
     hub.add("evil/model", {**published, **{f"file-{number}": b"" for number in range(10_001)}})
     with pytest.raises(ClientError, match="which is too many"):
-        client.run(LOAD)
+        client.run(LOAD, name="evil/model")
 
 
 @pytest.mark.parametrize(

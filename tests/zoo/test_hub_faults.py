@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,21 +18,24 @@ LOAD = "result = ivideogpt.from_pretrained(name).transformer.norm.weight[0].item
 WEIGHTS = "transformer/model.safetensors"
 
 
+NUMBERS = itertools.count()
+
+
 @pytest.fixture
 def repository(hub: Hub, published: dict[str, bytes]) -> str:
-    hub.add("someone/model", {**published, "README.md": b"# a card"})
-    return "someone/model"
+    """Name of a repository that no test has fetched yet."""
+    name = f"someone/model-{next(NUMBERS)}"
+    hub.add(name, {**published, "README.md": b"# a card"})
+    return name
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 @pytest.mark.parametrize(
     "request_", ["GET /api/models", "(GET|HEAD) .*/transformer/config.json", f"(GET|HEAD) .*/{WEIGHTS}"]
 )
-def test_a_busy_hub_is_asked_again(
-    status: int, request_: str, hub: Hub, new_client: Callable[..., HubClient], repository: str
-) -> None:
+def test_a_busy_hub_is_asked_again(status: int, request_: str, hub: Hub, client: HubClient, repository: str) -> None:
     hub.faults.append(Fault(request_, status=status, retry_after=1 if status == 429 else None))
-    assert new_client().run(LOAD, name=repository) == 1.0
+    assert client.run(LOAD, name=repository) == 1.0
     assert hub.faults[0].times == 0
 
 
@@ -40,16 +44,15 @@ def test_a_busy_hub_is_asked_again(
     [(429, r"is asked too often \(status 429\); try again later"), (500, r"is in trouble \(status 500\)")],
 )
 def test_a_hub_that_stays_in_trouble_is_told_of(
-    status: int, message: str, hub: Hub, new_client: Callable[..., HubClient], repository: str
+    status: int, message: str, hub: Hub, client: HubClient, repository: str
 ) -> None:
     hub.faults.append(Fault("/api/models", times=99, status=status, retry_after=600 if status == 429 else None))
     with pytest.raises(ClientError, match=message) as caught:
-        new_client().run(LOAD, name=repository)
+        client.run(LOAD, name=repository)
     assert caught.value.kind == "ModelNotFoundError"
 
 
-def test_what_is_cached_needs_no_healthy_hub(hub: Hub, new_client: Callable[..., HubClient], repository: str) -> None:
-    client = new_client()
+def test_what_is_cached_needs_no_healthy_hub(hub: Hub, client: HubClient, repository: str) -> None:
     assert client.run(LOAD, name=repository) == 1.0
     hub.faults.append(Fault("/api/models", times=99, status=500))
     assert client.run(LOAD, name=repository) == 1.0
@@ -98,7 +101,7 @@ def test_a_download_that_was_killed_leaves_nothing_that_loads(
     stuck.go_on.set()
     assert WEIGHTS not in whole_files(tmp_path / "home", published)
     offline = new_client(home=tmp_path / "home", HF_HUB_OFFLINE="1")
-    with pytest.raises(ClientError, match="no world model 'someone/model'") as caught:
+    with pytest.raises(ClientError, match=f"no world model {repository!r}") as caught:
         offline.run(LOAD, name=repository)
     assert caught.value.kind == "ModelNotFoundError"
     assert new_client(home=tmp_path / "home").run(LOAD, name=repository) == 1.0
@@ -114,7 +117,7 @@ def test_a_connection_that_keeps_breaking_leaves_nothing_that_loads(
         Fault(f"GET .*/{file}", 999, cut_after=0),
     ]
     client = new_client()
-    with pytest.raises(ClientError, match="no world model 'someone/model'"):
+    with pytest.raises(ClientError, match=f"no world model {repository!r}"):
         client.run(LOAD, name=repository)
     assert file not in whole_files(client.home, published)
     hub.faults.clear()

@@ -76,6 +76,18 @@ def test_the_card_links_the_base_model_and_the_data(hub: Hub, client: HubClient,
     assert "`lightning run someone/mine` runs it" in text
 
 
+def test_the_embedded_model_goes_with_its_own_card(hub: Hub, client: HubClient) -> None:
+    assert client.run(COMMAND, words=["push", "ivideogpt-metaworld-nano", "someone/nano"]) == 0
+    files = hub.repositories["someone/nano"].main
+    assert {"rollout.gif", "recipe.yaml", "results/ivideogpt-metaworld-nano.json"} < set(files)
+    text = files["README.md"].decode()
+    assert 'from_pretrained("someone/nano")' in text
+    assert "](rollout.gif)" in text
+    assert "Measured by this project" in text
+    assert client.run(COMMAND, words=["push", "ivideogpt-metaworld-nano", "someone/nano"]) == 0
+    assert "nothing was changed" in client.printed
+
+
 def test_the_same_push_again_changes_nothing(hub: Hub, client: HubClient, model: Path) -> None:
     first = push(client, model)
     count = len(hub.requests)

@@ -16,7 +16,9 @@ def add_parser(subparsers: Any) -> None:
         " as one commit. Training checkpoints, logs and paths of this machine stay here; a secret in a file stops it."
         " The same push again does nothing; an interrupted one goes on. Log in first with `hf auth login`.",
     )
-    parser.add_argument("folder", metavar="RUN_OR_FOLDER", help="output of a recipe, or what `save_pretrained` wrote")
+    parser.add_argument(
+        "folder", metavar="RUN_OR_FOLDER", help="output of a recipe, what `save_pretrained` wrote, or a zoo name"
+    )
     parser.add_argument("repo_id", metavar="USER/NAME", help="repository; made if it does not exist")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--dry-run", action="store_true", help="show what would go there, and upload nothing")

@@ -4,6 +4,7 @@ A module's argument of type tokenizer, transformer, reward head or world model i
 
     {preset: nano, context_length: 2}     fresh weights: a preset, fields of its configuration changed
     {num_layers: 2, embed_dim: 64, ...}   fresh weights: fields of the configuration alone
+    {preset: "256", initial_weights: amused/amused-256}   of a tokenizer: weights of an image VQGAN, the rest fresh
     {from: tokenizer}                     of an earlier stage of the recipe
     {from: ivideogpt-metaworld-nano}      of a zoo name, a Hub id or a folder
 
@@ -28,6 +29,7 @@ from ivideogpt.recipes.reading import Node, nearest
 from ivideogpt.recipes.results import load_tokenizer
 from ivideogpt.world_model import WorldModel
 from ivideogpt.zoo.checkpoint import Parts, load_parts
+from ivideogpt.zoo.vq_weights import find_vq_weights, start_from_vq_weights
 
 KINDS: dict[type, str] = {
     CompressiveTokenizer: "tokenizer",
@@ -36,6 +38,7 @@ KINDS: dict[type, str] = {
     WorldModel: "world_model",
 }
 SOURCE_KEYS = ("from", "revision", "context_length", "action_dim")
+INITIAL_WEIGHTS = "initial_weights"
 _CONFIGS: dict[str, Any] = {
     "tokenizer": TokenizerConfig,
     "transformer": TransformerConfig,
@@ -73,6 +76,7 @@ def check_part(kind: str, spec: Any, where: str, earlier: Collection[str] = (), 
     else:
         known = tuple(field.name for field in dataclasses.fields(_CONFIGS[kind]))
         known = known if kind == "reward_head" else ("preset", *known)
+        known = (*known, INITIAL_WEIGHTS) if kind == "tokenizer" else known
     for key in spec:
         if key not in known:
             source = " of {from: ...}" if "from" in spec else ""
@@ -92,7 +96,7 @@ def part_config(kind: str, fields: Node, where: str) -> Any:
     Raises:
         ValueError: if a value does not fit.
     """
-    fields = dict(fields)
+    fields = {name: value for name, value in fields.items() if name != INITIAL_WEIGHTS}
     preset = fields.pop("preset", None)
     config_class = _CONFIGS[kind]
     try:
@@ -133,7 +137,13 @@ class PartBuilder:
         if kind == "reward_head" and isinstance(transformer, Transformer):
             fields.setdefault("embed_dim", transformer.config.embed_dim)
         config = part_config(kind, fields, where)
-        return {"tokenizer": CompressiveTokenizer, "transformer": Transformer, "reward_head": RewardHead}[kind](config)
+        part = {"tokenizer": CompressiveTokenizer, "transformer": Transformer, "reward_head": RewardHead}[kind](config)
+        if INITIAL_WEIGHTS in fields:
+            try:
+                start_from_vq_weights(part, fields[INITIAL_WEIGHTS])
+            except ValueError as error:
+                raise ValueError(f"{where}.{INITIAL_WEIGHTS}: {error}") from error
+        return part
 
     def _load(self, kind: str, spec: Node, where: str) -> Any:
         folder = source_folder(spec, self.folders, where)
@@ -155,6 +165,19 @@ class PartBuilder:
                 f"{where}: {spec['from']!r} ({folder}) has no reward head; leave `from` out for a fresh one"
             )
         return getattr(parts, kind)
+
+
+def check_initial_weights(spec: Node, where: str) -> None:
+    """Finds, or fetches, the initial weights that a part names.
+
+    Raises:
+        ValueError: if they are not there.
+    """
+    if INITIAL_WEIGHTS in spec:
+        try:
+            find_vq_weights(spec[INITIAL_WEIGHTS])
+        except ValueError as error:
+            raise ValueError(f"{where}.{INITIAL_WEIGHTS}: {error}") from error
 
 
 def source_folder(spec: Node, folders: Mapping[str, Path], where: str) -> Path:

@@ -14,10 +14,13 @@ from typing import Any
 import yaml
 
 from ivideogpt.recipes.reading import Node, nearest
-from ivideogpt.recipes.results import RECORD, read_record
+from ivideogpt.recipes.results import read_record
+from ivideogpt.zoo.card import entry_card, results_files
+from ivideogpt.zoo.card_results import read_card_results
 from ivideogpt.zoo.checkpoint import RECIPE, TRANSFORMER_WEIGHTS, load_parts
 from ivideogpt.zoo.folder import finish_interrupted_save
 from ivideogpt.zoo.push import Evidence, Publication, push_parts
+from ivideogpt.zoo.registry import ZooEntry, cards_folder, find_entry
 
 EXAMPLES = "examples.gif"
 
@@ -73,7 +76,7 @@ def publish(
     """Uploads the model in ``folder``; see :func:`ivideogpt.zoo.push.push_parts`.
 
     Args:
-        folder: the output of a recipe, or a model.
+        folder: the output of a recipe, a model, or the zoo name of one inside this package, which has its own card.
         settings: where it goes.
         results: files of ``ivideogpt evaluate`` beside those of the recipe.
         rollout: a GIF; that of the recipe's evaluation if None.
@@ -84,9 +87,14 @@ def publish(
         ValueError: if there is no model, or something may not be published.
         OSError: if a file cannot be read or the Hub does not take it.
     """
-    folder = Path(folder)
-    model = model_folder(folder)
-    found = gather(folder, model)
+    entry = None if Path(folder).is_dir() else find_entry(os.fspath(folder))
+    card = None
+    if entry is not None and entry.folder is not None:
+        model, found = entry.folder, _entry_evidence(entry)
+        card = entry_card(entry, [read_card_results(path) for path in found.results.values()], settings.repo_id)
+    else:
+        model = model_folder(Path(folder))
+        found = gather(Path(folder), model)
     given = {path.stem: path for path in results}
     for name in given.keys() & found.results.keys():
         raise ValueError(f"two results files would be called {name}.json: {given[name]} and {found.results[name]}")
@@ -106,6 +114,7 @@ def publish(
         revision=settings.revision,
         tag=settings.tag,
         commit_message=message,
+        card=card,
         dry_run=dry_run,
     )
 
@@ -129,16 +138,23 @@ def model_folder(folder: Path) -> Path:
     )
 
 
+def _entry_evidence(entry: ZooEntry) -> Evidence:
+    folder = cards_folder()
+    rollout = folder / entry.rollout["file"] if entry.rollout else None
+    return Evidence({path.stem: path for path in results_files(entry.name, folder / "results")}, rollout)
+
+
 def gather(folder: Path, model: Path) -> Evidence:
     """What the output folder of a recipe tells about its model."""
-    records = {path.parent.name: read_record(path.parent) or {} for path in sorted(folder.glob(f"*/{RECORD}"))}
-    results = {stage: path for stage in records if (path := folder / stage / "results.json").is_file()}
-    examples = [path for stage in records if (path := folder / stage / EXAMPLES).is_file()]
-    text = (model / RECIPE).read_text(encoding="utf-8") if (model / RECIPE).is_file() else ""
+    recipe = yaml.safe_load((model / RECIPE).read_text(encoding="utf-8")) if (model / RECIPE).is_file() else None
+    stages = list((recipe.get("stages") or {}) if isinstance(recipe, dict) else {})
+    records = {stage: read_record(folder / stage) or {} for stage in stages}
+    results = {stage: path for stage in stages if (path := folder / stage / "results.json").is_file()}
+    examples = [path for stage in stages if (path := folder / stage / EXAMPLES).is_file()]
     return Evidence(
         results=results,
         rollout=examples[-1] if examples else None,
-        data=list(_training_data(yaml.safe_load(text) if text else {})),
+        data=list(_training_data(recipe)),
         compute="; ".join(_compute(records)) or "not recorded",
     )
 

@@ -29,7 +29,7 @@ from rich.markup import escape
 
 from ivideogpt.recipes.checking import BASES, build_arguments, trains
 from ivideogpt.recipes.classes import arguments, defaults, import_class
-from ivideogpt.recipes.parts import PartBuilder, part_arguments, source_folder
+from ivideogpt.recipes.parts import PartBuilder, check_initial_weights, part_arguments, source_folder
 from ivideogpt.recipes.reading import Node
 from ivideogpt.recipes.results import differences, fingerprint, read_record, save_tokenizer, write_record, write_text
 from ivideogpt.training.callbacks import SeededUpdates
@@ -135,16 +135,21 @@ class Stage:
         Raises:
             ValueError: if a source is not there.
         """
-        for where, spec in self._sources().items():
-            if spec["from"] not in self.earlier:
+        for where, spec in self._parts().items():
+            if "from" in spec and spec["from"] not in self.earlier:
                 source_folder(spec, self.earlier, where)
+            check_initial_weights(spec, where)
         self._build(LightningDataModule, "data").prepare_data()
 
     def _sources(self) -> dict[str, Node]:
         """Parts of the module that come from somewhere, by their place in the recipe."""
+        return {where: spec for where, spec in self._parts().items() if "from" in spec}
+
+    def _parts(self) -> dict[str, Node]:
+        """What the recipe says of the module's parts, by their place in it."""
         kinds, values = part_arguments(self._class("module")), self.config["module"]["init_args"]
         specs = {f"stages.{self.name}.module.{name}": values.get(name) for name in kinds}
-        return {where: spec for where, spec in specs.items() if spec is not None and "from" in spec}
+        return {where: spec for where, spec in specs.items() if spec is not None}
 
     def _inputs(self) -> dict[str, str]:
         """Fingerprints of what the stage starts from, so that a change of an earlier stage is noticed."""

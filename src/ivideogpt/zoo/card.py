@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 """Name of a card in a repository."""
+ROLLOUT = "rollout.gif"
+"""Name of the animation that it shows."""
 MARKER = "<!-- Rendered by ivideogpt. A card without this line was written by hand, and pushing keeps it. -->"
 _TAGS = ["world-model", "video-prediction", "robotics", "ivideogpt"]
 _ACTIVE = re.compile(
@@ -34,13 +36,15 @@ _ACTIVE = re.compile(
 )
 
 
-def entry_card(entry: ZooEntry, results: Sequence[CardResults] = ()) -> str:
+def entry_card(entry: ZooEntry, results: Sequence[CardResults] = (), repo_id: str | None = None) -> str:
     """Model card of a zoo entry.
 
     Args:
         entry: of the registry.
         results: of its evaluations; none for a model that was not evaluated.
+        repo_id: where the card goes, if it goes to the Hub.
     """
+    rollout = entry.rollout and {**entry.rollout, **({"file": ROLLOUT} if repo_id else {})}
     facts: dict[str, Any] = {
         "Resolution": f"{entry.resolution} x {entry.resolution}",
         "Context frames": f"{entry.context_length} (the first one is the goal)" if entry.goal else entry.context_length,
@@ -55,7 +59,7 @@ def entry_card(entry: ZooEntry, results: Sequence[CardResults] = ()) -> str:
     recipe = f"`{entry.recipe}`" if entry.recipe else "none in this project"
     return _render(
         title=entry.name,
-        load_name=entry.name,
+        load_name=repo_id or entry.name,
         summary=entry.summary,
         facts=facts,
         context_shape=(entry.context_length, 3, entry.resolution, entry.resolution),
@@ -70,7 +74,7 @@ def entry_card(entry: ZooEntry, results: Sequence[CardResults] = ()) -> str:
         authors_results=entry.authors_results,
         limits=entry.limits,
         failures=entry.failures,
-        rollout=entry.rollout,
+        rollout=rollout,
         metadata=_metadata(entry.name, entry.licence, results, entry.base_model, _hub_ids(entry)),
     )
 
@@ -219,9 +223,9 @@ def _cell(value: object) -> str:
     return _prose(text).replace("|", "\\|")
 
 
-def results_of(name: str, folder: Path) -> list[CardResults]:
-    """Results of the zoo's model ``name`` among the files in ``folder``: ``NAME.json`` and ``NAME.*.json``."""
-    return [read_card_results(path) for path in sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}.*.json")])]
+def results_files(name: str, folder: Path) -> list[Path]:
+    """Results files of the zoo's model ``name`` in ``folder``: ``NAME.json`` and ``NAME.*.json``."""
+    return sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}.*.json")])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -234,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     stale = []
     for name, entry in entries().items():
-        text = entry_card(entry, results_of(name, options.folder / "results"))
+        text = entry_card(entry, [read_card_results(path) for path in results_files(name, options.folder / "results")])
         path = options.folder / f"{name}.md"
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             stale.append(path)

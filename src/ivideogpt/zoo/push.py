@@ -19,14 +19,13 @@ from typing import Any
 
 import yaml
 
-from ivideogpt.zoo.card import CARD, MARKER, check_card, variant_card
+from ivideogpt.zoo.card import CARD, MARKER, ROLLOUT, check_card, variant_card
 from ivideogpt.zoo.card_results import read_card_results
 from ivideogpt.zoo.checkpoint import FILES, RECIPE, Parts, save_parts
 from ivideogpt.zoo.privacy import check_nothing_private, without_paths_in
 from ivideogpt.zoo.published import read_json
 from ivideogpt.zoo.remote import patiently
 
-ROLLOUT = "rollout.gif"
 RESULTS = "results"
 _LARGEST_ROLLOUT = 10 * 2**20  # bytes; a card with a larger one is slow to read
 _OWN = re.compile("|".join(re.escape(name) for name in (*FILES, ROLLOUT)) + rf"|{RESULTS}/[^/]+\.json")
