@@ -48,7 +48,7 @@ def test_recipe_is_built(name: str, shards: dict[str, str], tmp_path: Path) -> N
             if isinstance(spec, dict) and str(spec.get("from")).startswith("ivideogpt-"):
                 words.append(f"{stage}.module.{part}.from={tmp_path / 'start'}")
         if "horizon" in content["module"]["init_args"]:
-            words.append(f"{stage}.module.horizon=1")
+            words += [f"{stage}.module.horizon=1", f"{stage}.module.runs=1", f"{stage}.module.protocol=custom"]
         if data.get("holdout_every"):
             words.append(f"{stage}.data.holdout_every=null")
         if name not in EMBEDDED:

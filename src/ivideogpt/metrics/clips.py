@@ -46,6 +46,11 @@ class ClipSet:
         )
         self.clips = FixedClips(mixture, settings, protocol.clips_per_episode)
         self.notes: list[str] = []
+        if any(shards.policy == "skip" for shards in mixture.sets.values()):
+            before = len(self.clips)
+            self.clips.drop_bad()
+            if len(self.clips) < before:
+                self.notes.append(f"{before - len(self.clips)} clips of damaged records were left out")
         self._check(settings)
         count = len(self.clips) if protocol.videos is None else protocol.videos
         # drawn once and for all: evenly spaced ones could meet every second task only
