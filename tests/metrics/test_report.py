@@ -70,7 +70,7 @@ def test_entropy_is_that_of_the_distribution_the_token_was_drawn_from(shown: Sho
     found = entropy_map(model, tokens, actions)
     assert found is not None
     assert found.shape == (3, 2, 2)
-    logits = model(tokens, actions).logits[0]
+    logits = model(tokens, actions).logits[0].detach()
     layout = model.layout
     for frame in range(3):
         first = layout.context_span + frame * layout.frame_stride + 1  # behind the slot
