@@ -85,6 +85,7 @@ def test_entropy_is_that_of_the_distribution_the_token_was_drawn_from(shown: Sho
     uniform = entropy_map(model, tokens, actions)
     with torch.no_grad():
         model.transformer.lm_head.weight.copy_(head)
+    assert uniform is not None
     np.testing.assert_allclose(uniform, math.log2(layout.vocab_size), rtol=1e-5)
 
 
