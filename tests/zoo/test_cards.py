@@ -104,6 +104,7 @@ SCHEMA_2: dict[str, Any] = {
     "protocol": {"name": "bair", "horizon": 15, "runs": 3, "top_k": None, "metrics": ["psnr", "fvd"]},
     "missing": {"fvd": "no weights of i3d; get them <here>"},
     "notes": ["an interval over 4 videos is itself uncertain"],
+    "hashes": {"model": "ab", "data": {"a/set": {"x.tar": "cd"}, "b/set": {}}}, "explanation": {"rows": ["x" * 1000]},
     "videos": [{"key": "a", "best": {"psnr": [20.0]}}],
     "tasks": {
         "plate|slide": {
@@ -123,12 +124,15 @@ def test_results_are_shown_with_protocol_seed_and_intervals(tmp_path: Path, caps
     name = "ivideogpt-metaworld-nano"
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / f"{name}.bair.json").write_text(json.dumps(SCHEMA_2))
+    other = {"schema_version": 1, "tasks": {}, "overall": {"model": {"psnr": 12.5}}}
+    (tmp_path / "results" / f"{name}.json").write_text(json.dumps(other))
     assert card.main(["--folder", str(tmp_path), "--check"]) == 1
     assert not list(tmp_path.glob("*.md"))
     assert card.main(["--folder", str(tmp_path)]) == 0
     assert card.main(["--folder", str(tmp_path), "--check"]) == 0
     text = section((tmp_path / f"{name}.md").read_text(), "Results")
-    assert f"protocol `bair`, file `results/{name}.bair.json`" in text
+    assert text.index("protocol `not recorded`") < text.index("protocol `bair`")
+    assert f"on `a/set, b/set`: protocol `bair`, seed 3,\nfile `results/{name}.bair.json`" in text
     assert (
         "| task | clips | episodes | psnr | psnr, last frame repeated | mse ratio, actions shuffled | reward r | token "
         "perplexity | fvd |\n" in text
@@ -142,12 +146,16 @@ def test_results_are_shown_with_protocol_seed_and_intervals(tmp_path: Path, caps
     assert "- fvd: not evaluated: no weights of i3d; get them &lt;here&gt;" in text
     assert "- psnr, frame by frame: 33, 30" in text
     assert '- horizon: 15\n- runs: 3\n- metrics: ["psnr", "fvd"]\n- seed: 3\n' in text
+    assert "- explanation: see the file\n" in text
     assert "an interval over 4 videos" in text
     data: Any = ModelCard((tmp_path / f"{name}.md").read_text()).data
-    assert [(r.dataset_type, r.metric_type, r.metric_value) for r in data.eval_results] == [
-        ("plate|slide", "psnr", 31.2345678), ("overall", "psnr", 31.0), ("overall", "fvd", 75.25),
+    rows = data.eval_results
+    found = [(r.dataset_config.removeprefix(name), r.dataset_type, r.metric_type, r.metric_value) for r in rows]
+    assert found == [
+        ("", "overall", "psnr", 12.5), (".bair", "plate|slide", "psnr", 31.2345678), (".bair", "overall", "psnr", 31.0),
+        (".bair", "overall", "fvd", 75.25),
     ]  # fmt: skip
-    assert data.eval_results[0].task_name == "video prediction, protocol bair"
+    assert rows[1].task_name == "video prediction, protocol bair"
 
 
 def test_the_committed_results_are_read(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def _list(pattern: str) -> None:
 def _show(name: str) -> None:
     import yaml
 
-    from ivideogpt.zoo.registry import find_entry, nearest_names
+    from ivideogpt.zoo.registry import cards_folder, find_entry, nearest_names
 
     entry = find_entry(name)
     if entry is None:
@@ -83,4 +83,5 @@ def _show(name: str) -> None:
         hint = f"did you mean {near[0]!r}?" if near else "`ivideogpt zoo` lists the names"
         raise ValueError(f"no zoo name {name!r}; {hint}")
     values = {key: value for key, value in vars(entry).items() if value not in (None, [], {})}
+    values["card"] = str(cards_folder() / f"{entry.name}.md")
     print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100), end="")

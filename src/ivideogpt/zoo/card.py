@@ -183,7 +183,8 @@ def _metadata(
             task_type="robotics",
             task_name=f"video prediction, protocol {result.protocol}",
             dataset_type=task,
-            dataset_name=f"{task} ({result.file})",
+            dataset_name=task,
+            dataset_config=result.file.removesuffix(".json"),  # without it the files' numbers would be put together
             metric_type=metric,
             metric_value=value,
         )
@@ -225,7 +226,7 @@ def _cell(value: object) -> str:
 
 def results_files(name: str, folder: Path) -> list[Path]:
     """Results files of the zoo's model ``name`` in ``folder``: ``NAME.json`` and ``NAME.*.json``."""
-    return sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}.*.json")])
+    return [*folder.glob(f"{name}.json"), *sorted(folder.glob(f"{name}.*.json"))]
 
 
 def main(arguments: list[str] | None = None) -> int:

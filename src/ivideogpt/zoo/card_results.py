@@ -17,6 +17,7 @@ from ivideogpt.zoo.published import read_json
 SCHEMAS = (1, 2)
 OVERALL = "overall"
 _HEAD = ("schema_version", "model", "tasks", OVERALL, "videos", "missing", "notes", "protocol", "explanation")
+_LONGEST = 600  # characters of a condition
 _DIGITS = 4  # significant ones on a card; the file has them all
 
 
@@ -27,6 +28,8 @@ class CardResults:
     Attributes:
         file: name of the file.
         protocol: name of the protocol.
+        data: names of the sets that it was measured on.
+        seed: of the sampling.
         rows: task -> column -> text; the last row is over all tasks.
         numbers: task -> metric -> value of the model.
         conditions: how it was measured, name -> text.
@@ -37,6 +40,8 @@ class CardResults:
 
     file: str
     protocol: str
+    data: str
+    seed: str
     rows: dict[str, dict[str, str]]
     numbers: dict[str, dict[str, float]]
     conditions: dict[str, str]
@@ -69,9 +74,11 @@ def read_card_results(path: Path) -> CardResults:
         return CardResults(
             file=path.name,
             protocol=str(protocol.get("name", "not recorded")),
+            data=_data(results),
+            seed=_text(results.get("seed", "not recorded")),
             rows={task: _row(found) for task, found in tasks.items()},
             numbers={task: _numbers(found) for task, found in tasks.items()},
-            conditions={name: _text(v) for name, v in (protocol | _rest(results)).items() if v is not None},
+            conditions=_conditions(protocol, results),
             curves={
                 metric: ", ".join(map(number, values))
                 for metric, values in (results[OVERALL].get("curves") or {}).get("model", {}).items()
@@ -88,8 +95,16 @@ def number(value: object) -> str:
     return f"{value:.{_DIGITS}g}" if isinstance(value, float) else _text("-" if value is None else value)
 
 
-def _rest(results: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in results.items() if name not in _HEAD}
+def _data(results: Mapping[str, Any]) -> str:
+    hashes = (results.get("hashes") or {}).get("data")
+    return ", ".join(hashes) if hashes else str((results.get("data") or {}).get("set", "recordings without a name"))
+
+
+def _conditions(protocol: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, str]:
+    found = {name: value for name, value in protocol.items() if name != "name"}
+    found |= {name: value for name, value in results.items() if name not in _HEAD}
+    texts = {name: _text(value) for name, value in found.items() if value is not None}
+    return {name: text if len(text) <= _LONGEST else "see the file" for name, text in texts.items()}
 
 
 def _row(found: Mapping[str, Any]) -> dict[str, str]:
