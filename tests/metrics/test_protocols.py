@@ -134,6 +134,9 @@ def test_fewer_videos_are_the_same_ones_every_time(recordings: Callable[..., str
     few, again = (opened(source, clips_per_episode=3, videos=4) for _ in range(2))
     assert few.positions == again.positions == sorted(set(few.positions))
     assert len(few) == 4
+    clips = opened(source, clips_per_episode=3)
+    assert clips.at_most(9) is clips
+    assert (len(clips.at_most(4)), clips.at_most(4).protocol.videos) == (4, 4)
 
 
 def test_recordings_that_do_not_fit(recordings: Callable[..., str]) -> None:

@@ -57,9 +57,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     wm = ivideogpt.from_pretrained(args.model)
     protocol = EvaluationProtocol().changed(horizon=args.horizon, temperature=0.0).settled(wm.config)
-    clips = ClipSet.open(args.heldout, protocol)
-    if len(clips) > args.limit:
-        clips = ClipSet.open(args.heldout, protocol.changed(videos=args.limit))
+    clips = ClipSet.open(args.heldout, protocol).at_most(args.limit)
     before = measure(wm, clips)
     words = [f"output={out / 'training'}", f"tokenizer.module.tokenizer.from={args.model}"]
     words += [f"tokenizer.data.train={args.data}", f"tokenizer.data.val={args.heldout}"]

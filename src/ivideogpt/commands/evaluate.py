@@ -49,7 +49,8 @@ def add_parser(subparsers: Any) -> None:
         "--fvd-weights", metavar="FILE", help="TorchScript file of the FVD network, or `random` to try things out"
     )
     changes = parser.add_argument_group("changes of the protocol", "any of them makes it a custom one")
-    changes.add_argument("--videos", "--limit", type=at_least(1), help="clips, evenly chosen")
+    changes.add_argument("--videos", type=at_least(1), help="clips, drawn once and for all; there must be so many")
+    changes.add_argument("--limit", type=at_least(1), help="at most so many clips")
     changes.add_argument("--horizon", type=at_least(1), help="frames to predict")
     changes.add_argument("--clips-per-episode", type=at_least(1), help="evenly spaced; 1 starts at frame 0")
     changes.add_argument("--goal", action="store_true", default=None, help="put a clip's last frame in front of it")
@@ -96,8 +97,10 @@ def run(args: argparse.Namespace) -> None:
         if device == "cuda" and "LOCAL_RANK" in os.environ:
             device = f"cuda:{local_rank}"
         wm = ivideogpt.from_pretrained(args.model, revision=args.revision, device=device, dtype=args.dtype)
-        settled = asked.settled(wm.config)
-        clips = ClipSet.open(args.data, settled)
+        clips = ClipSet.open(args.data, asked.settled(wm.config))
+        if args.limit is not None:
+            clips = clips.at_most(args.limit)
+        settled = clips.protocol
         judges = judges_for(settled, args.lpips_weights, args.fvd_weights, wm.device)
         journal = None if args.out is None else Path(f"{args.out}.journal")
         if rank == 0:

@@ -67,6 +67,12 @@ class ClipSet:
         names = [sources] if isinstance(sources, str) else list(sources)
         return cls(Mixture({name: ShardSet(name) for name in names}), protocol, batch_size)
 
+    def at_most(self, count: int) -> ClipSet:
+        """These clips, or ``count`` of them where there are more, by a protocol that says so."""
+        if len(self) <= count:
+            return self
+        return ClipSet(self.mixture, self.protocol.changed(videos=count), self.batch_size)
+
     def _check(self, settings: ClipSettings) -> None:
         protocol, needed = self.protocol, settings.segment_length - settings.goal
         short, without, sizes = [], [], set()

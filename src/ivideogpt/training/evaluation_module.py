@@ -148,9 +148,7 @@ class EvaluationModule(LightningModule):
                 goal=settings.goal, stride=settings.stride, strides=settings.strides, target_rate=settings.target_rate,
                 clips_per_episode=data.datamodule.val_clips_per_episode,
             )  # fmt: skip
-        settled = protocol.settled(self.world_model.config)
-        clips = ClipSet(dataset.mixture, settled)
-        return clips if len(clips) <= seen else ClipSet(dataset.mixture, settled.changed(videos=seen))
+        return ClipSet(dataset.mixture, protocol.settled(self.world_model.config)).at_most(seen)
 
     def _draw(self, folder: Path, clips: ClipSet) -> None:
         if self.num_examples < 1:
