@@ -16,7 +16,7 @@ from ivideogpt.zoo.published import read_json
 
 SCHEMAS = (1, 2)
 OVERALL = "overall"
-_HEAD = ("schema_version", "model", "tasks", OVERALL, "videos", "missing", "notes", "protocol", "explanation")
+_HEAD = ("schema_version", "model", "tasks", OVERALL, "videos", "missing", "notes", "protocol")
 _LONGEST = 600  # characters of a condition
 _DIGITS = 4  # significant ones on a card; the file has them all
 
