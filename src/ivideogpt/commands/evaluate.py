@@ -22,6 +22,22 @@ CHANGES = ("videos", "horizon", "clips_per_episode", "num_samples", "temperature
            "goal")  # fmt: skip
 
 
+class ListProtocols(argparse.Action):
+    """Prints every preset and exits, whatever else is missing on the command line."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        """Prints them."""
+        from rich.console import Console
+
+        from ivideogpt.metrics.protocols import PROTOCOLS
+        from ivideogpt.metrics.terminal import protocol_table
+
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        for protocol in PROTOCOLS.values():
+            console.print(protocol_table(protocol), "")
+        parser.exit()
+
+
 def add_parser(subparsers: Any) -> None:
     """Adds the command and its options."""
     parser = subparsers.add_parser(
@@ -36,7 +52,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="SHARDS", help="folders of shard sets, or `embedded:heldout`"
     )
-    parser.add_argument("--protocol", default="custom", metavar="P", help="preset, or `list` (default: custom)")
+    parser.add_argument("--protocol", default="custom", metavar="P", help="preset (default: custom)")
+    parser.add_argument("--protocols", action=ListProtocols, nargs=0, help="print all presets and exit")
     parser.add_argument("--out", metavar="FILE", help="write the results as JSON; also what makes it resumable")
     parser.add_argument("--report", metavar="FILE", help="write a self-contained HTML page")
     parser.add_argument("--explain", action="store_true", help="also compute what else would give another number")
@@ -71,14 +88,10 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from ivideogpt.metrics.protocols import PROTOCOLS, protocol_named
+    from ivideogpt.metrics.protocols import protocol_named
     from ivideogpt.metrics.terminal import explanation_table, protocol_table, watching
 
     console = Console(width=None if sys.stdout.isatty() else 200)
-    if args.protocol == "list":
-        for protocol in PROTOCOLS.values():
-            console.print(protocol_table(protocol), "")
-        return
     asked = protocol_named(args.protocol)
     asked = asked.changed(**{name: getattr(args, name) for name in CHANGES if getattr(args, name) is not None})
 
