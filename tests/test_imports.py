@@ -27,7 +27,9 @@ NOT_IN_MODELS = set(
     "lightning pytorch_lightning logging os io pathlib json pickle yaml safetensors huggingface_hub".split()
 )
 # Extras and test oracles: where they are used they are imported inside the function.
-NOT_AT_TOP = set("gymnasium metaworld mujoco av h5py pyarrow ray lpips piqa scipy transformers lightning_sdk".split())
+NOT_AT_TOP = set(
+    "gymnasium metaworld mujoco av h5py peft pyarrow ray lpips piqa scipy transformers lightning_sdk wandb".split()
+)
 
 
 def name_of(file: Path) -> str:

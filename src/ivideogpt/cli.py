@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("ivideogpt.commands.data", "pack, collect, inspect and tokenize episodes"),
     "adapt": ("ivideogpt.commands.adapt", "adapt a model's tokenizer to new recordings"),
     "consolidate": ("ivideogpt.commands.consolidate", "make a model of a training checkpoint, sharded or not"),
+    "merge": ("ivideogpt.commands.merge", "make a whole model of a LoRA adapter"),
     "zoo": ("ivideogpt.commands.zoo", "list the models that go by a name"),
     "push": ("ivideogpt.commands.push", "publish a model with its recipe, results and card on the Hub"),
     "demo": ("ivideogpt.commands.demo", "fine-tune, roll out and report on the embedded recordings"),

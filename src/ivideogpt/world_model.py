@@ -288,6 +288,7 @@ class WorldModel(nn.Module):
         dtype: torch.dtype | str | None = None,
         context_length: int | None = None,
         action_dim: int | None = None,
+        action_space: str | None = None,
     ) -> WorldModel:
         """Loads a world model, in eval mode.
 
@@ -300,6 +301,7 @@ class WorldModel(nn.Module):
             context_length: shortens the context that the tokenizer conditions on, keeping its last frames.
             action_dim: size of the actions that will be given. A checkpoint without actions, or with another size,
                 gets a fresh action layer, which adds nothing until it is trained; a warning says so.
+            action_space: of a model of several embodiments, the one whose actions will be given.
 
         Raises:
             ValueError: if nothing that can be loaded is found (:class:`ivideogpt.zoo.hub.ModelNotFoundError`), if a
@@ -307,7 +309,13 @@ class WorldModel(nn.Module):
         """
         from ivideogpt.zoo.hub import resolve
 
-        parts = load_parts(resolve(name_or_folder, revision), device, dtype, context_length, action_dim)
+        folder = resolve(name_or_folder, revision)
+        parts = load_parts(folder, device, dtype, context_length, action_dim, action_space)
+        if parts.action_layers is not None:
+            spaces = ", ".join(map(repr, parts.action_layers.spaces))
+            raise ValueError(
+                f"{os.fspath(name_or_folder)} has several action spaces: give action_space, one of {spaces}"
+            )
         model = cls.from_parts(parts.tokenizer, parts.transformer, parts.reward_head, parts.extras, parts.published)
         return model.eval()
 

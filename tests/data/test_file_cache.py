@@ -69,9 +69,7 @@ def test_what_fails_twice_is_asked_for_again(server: Server, tmp_path: Path, fau
 
 
 @pytest.mark.filterwarnings("ignore:.*asked again")
-@pytest.mark.parametrize(
-    ("fault", "says"), [("500", "500"), ("cut", "asked 6 times"), ("wrong", "SHA-256 is not the manifest's")]
-)
+@pytest.mark.parametrize(("fault", "says"), [("500", "500"), ("503", "503"), ("cut", "asked 6 times")])
 def test_what_always_fails_is_told_and_leaves_nothing(server: Server, tmp_path: Path, fault: str, says: str) -> None:
     cache = FileCache(tmp_path / "cache")
     server.faults["2.tar"] = [fault] * 6
@@ -79,6 +77,16 @@ def test_what_always_fails_is_told_and_leaves_nothing(server: Server, tmp_path: 
         cache.fetch(*about(server, 2))
     assert files(cache) == []
     assert cache.fetch(*about(server, 2)).stat().st_size == SIZE  # the server came back
+
+
+@pytest.mark.filterwarnings("ignore:.*asked again")
+def test_a_wrong_file_is_the_fault_of_the_file(server: Server, tmp_path: Path) -> None:
+    cache = FileCache(tmp_path / "cache")
+    server.faults["2.tar"] = ["wrong"] * 6
+    with pytest.raises(RemoteError, match="SHA-256 is not the manifest's") as caught:
+        cache.fetch(*about(server, 2))
+    assert not isinstance(caught.value, UnreachableError)
+    assert server.asked == ["2.tar"] * 6 and files(cache) == []
 
 
 def test_what_is_not_there_is_not_asked_for_again(server: Server, tmp_path: Path) -> None:
@@ -139,6 +147,21 @@ def test_processes_share_a_download(server: Server, tmp_path: Path) -> None:
         assert process.communicate(timeout=60)[1] == ""
         assert process.returncode == 0
     assert server.asked == ["1.tar"]
+
+
+def test_processes_wait_for_room(server: Server, tmp_path: Path) -> None:
+    cache, server.seconds = FileCache(tmp_path / "cache", limit=1.5 * SIZE), 0.5
+    limited = FETCH.replace("FileCache(sys.argv[1])", f"FileCache(sys.argv[1], {1.5 * SIZE})")
+    words = [sys.executable, "-c", limited, str(cache.folder.parent)]
+    running = [
+        subprocess.Popen([*words, *map(str, about(server, number))], stderr=subprocess.PIPE, text=True)
+        for number in range(4)
+    ]
+    for process in running:
+        assert process.communicate(timeout=60)[1] == ""
+        assert process.returncode == 0
+    assert sorted(server.asked) == [f"{number}.tar" for number in range(4)]
+    assert sum(file.stat().st_size for file in files(cache)) <= cache.limit
 
 
 def test_a_kill_in_the_middle_of_a_download(server: Server, tmp_path: Path) -> None:

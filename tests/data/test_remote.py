@@ -168,6 +168,38 @@ def test_a_shard_that_is_gone_follows_the_policy(make_set: Sets, server: Server)
 
 
 @pytest.mark.filterwarnings("ignore:.*asked again")
+def test_a_damaged_shard_follows_the_policy(make_set: Sets, server: Server) -> None:
+    folder = make_set("set", episodes=8, per_shard=2)
+    path = folder / "episodes-000002.tar"
+    path.write_bytes(path.read_bytes()[:-600] + b"x" + path.read_bytes()[-599:])
+    module = module_of(f"{server.url}/set", policy="skip")
+    with pytest.warns(UserWarning, match="skipped.*SHA-256"):
+        keys = [key for batch in module.train_dataloader() for key in batch["key"]]
+    assert len(keys) == 8 and not {"set-004", "set-005"} & set(keys)
+    assert 6 <= Counter(shards_asked(server))["episodes-000002.tar"] <= 7  # once more ahead of time; then it is known
+
+
+@pytest.mark.filterwarnings("ignore:.*asked again")
+def test_what_is_in_the_cache_needs_no_server(make_set: Sets, tmp_path: Path) -> None:
+    make_set("set", episodes=4, per_shard=2)
+    with serving(tmp_path) as server:
+        url = f"{server.url}/set"
+        expected = [batch["key"] for batch in module_of(url).train_dataloader()]
+    with pytest.warns(UserWarning, match="taken as it was when it was opened last"):
+        module = module_of(url)
+    assert [batch["key"] for batch in module.train_dataloader()] == expected
+    with pytest.raises(ShardError, match="asked 6 times"):
+        ShardSet(url.replace("/set", "/other"))
+
+
+def test_packing_what_is_behind_a_url(make_set: Sets, server: Server, tmp_path: Path, run: Any) -> None:
+    make_set("set", episodes=4)
+    assert run("pack", f"{server.url}/set", "--out", tmp_path / "small", "--resize", "8") == 0
+    assert [ShardSet(tmp_path / "small").key(i) for i in range(4)] == [f"set-{i:03d}" for i in range(4)]
+    assert run("pack", f"{server.url}/set", "--out", tmp_path / "small", "--resize", "8") == 0  # nothing to do
+
+
+@pytest.mark.filterwarnings("ignore:.*asked again")
 def test_a_server_that_does_not_answer_stops_whatever_the_policy(make_set: Sets, server: Server) -> None:
     make_set("set", episodes=8, per_shard=2)
     module = module_of(f"{server.url}/set", policy="skip")

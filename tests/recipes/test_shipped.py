@@ -23,7 +23,7 @@ EMBEDDED = {"adapt", "debug", "demo", "grpo", "metaworld_nano", "tokens"}
 
 
 def test_all_recipes_are_found() -> None:
-    assert len(NAMES) == 17
+    assert len(NAMES) == 20
     assert set(NAMES) >= EMBEDDED
     assert recipes.recipes_folder() == FOLDER
 
@@ -47,6 +47,8 @@ def test_recipe_is_built(name: str, shards: dict[str, str], tmp_path: Path) -> N
         for part, spec in content["module"]["init_args"].items():
             if isinstance(spec, dict) and str(spec.get("from")).startswith("ivideogpt-"):
                 words.append(f"{stage}.module.{part}.from={tmp_path / 'start'}")
+        if "action_spaces" in content["module"]["init_args"]:
+            words.append(f'{stage}.module.action_spaces={{"*": 4}}')
         if "horizon" in content["module"]["init_args"]:
             words += [f"{stage}.module.horizon=1", f"{stage}.module.runs=1", f"{stage}.module.protocol=custom"]
         if data.get("holdout_every"):
@@ -58,7 +60,7 @@ def test_recipe_is_built(name: str, shards: dict[str, str], tmp_path: Path) -> N
     if list(recipe["stages"]) == ["tokenizer"]:
         assert load_tokenizer(output / "tokenizer").config == start.tokenizer.config
         return
-    model = ivideogpt.from_pretrained(output / "model")
+    model = ivideogpt.from_pretrained(output / "model", action_space="*" if name == "embodiments" else None)
     assert model.config.action_dim == (None if "action_free" in name or "oxe" in name else 4)
 
 

@@ -135,6 +135,16 @@ def test_sharded_equals_ddp(fit: Fit, kind: str) -> None:
     assert distance(read_sharded_checkpoint(found[1])["state_dict"], sharded) == 0
 
 
+@pytest.mark.slow
+def test_adapters_are_the_same_in_one_process_in_two_and_sharded(fit: Fit) -> None:
+    settings: dict[str, Any] = {"module": {"lora": {"rank": 4}}}
+    one = fit("one", **settings)
+    assert sum(".lora_" in name for name in one) == len(one) - 4  # the action layer and the reward head
+    assert max(value.abs().max().item() for name, value in one.items() if ".lora_B." in name) > 1e-3  # they were zero
+    assert far(one, fit("ddp", 2, strategy="ddp", **settings), 1e-6) < 1e-9
+    assert far(one, fit("sharded", 2, strategy="sharded", **settings), 1e-6) < 1e-9
+
+
 LONG = {"every": 5, "trainer": {"max_steps": 200}, "data": {"num_workers": 2}}
 """Long enough for a signal to come in the middle."""
 

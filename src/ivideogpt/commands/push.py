@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Loads the model, which checks it, and uploads it."""
+    """Loads the model, which checks it, and uploads it; of an adapter, the adapter alone."""
     from ivideogpt.recipes.publishing import PublishSettings, describe, publish
 
     settings = PublishSettings(args.repo_id, args.private, args.revision, args.tag, args.licence, args.dataset)

@@ -47,8 +47,8 @@ class ClipSettings:
 
     def __post_init__(self) -> None:
         for stride in (self.stride, *(stride for _, stride in self.strides)):
-            if stride is not None and stride < 1:
-                raise ValueError(f"stride must be at least 1, got {stride}")
+            if stride is not None and (type(stride) is not int or stride < 1):
+                raise ValueError(f"stride must be a whole number of at least 1, got {stride!r}")
         body = self.segment_length - self.goal
         if self.horizon is not None and self.horizon < body:
             raise ValueError(f"horizon {self.horizon} is shorter than the {body} frames to select from it")

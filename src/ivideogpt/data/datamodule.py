@@ -8,6 +8,7 @@ Frames travel as uint8 and become floats, training clips also augmented, in `on_
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from ivideogpt.data.choices import check_names
 from ivideogpt.data.clips import ClipSettings, ExactSampler, FixedClips, TrainingClips, collate, crop_seed
 from ivideogpt.data.file_cache import DEFAULT_LIMIT, FileCache
+from ivideogpt.data.manifest import MANIFEST, file_sha256
 from ivideogpt.data.mixture_names import PREFIX, named_mixture, temperature_weights
 from ivideogpt.data.mixtures import DEFAULT_WINDOW, Mixture, of_cameras, recordings_of
 from ivideogpt.data.position import PositionDataModule, rank_and_world
@@ -262,6 +264,15 @@ class VideoDataModule(PositionDataModule):
         """Records found bad when the sets were opened, and reads of bad ones since, over all workers of this rank."""
         self.mixtures()
         return self._skipped_at_open + sum(int(c.skips) for c in (self._train_clips, self._val_clips) if c is not None)
+
+    def clips_digest(self) -> str:
+        """Of the training episodes, their weights and how clips are cut."""
+        train = self.mixtures()[0]
+        digest = hashlib.sha256(repr((self.train_settings, train.weights, self.augmentation)).encode())
+        digest.update(repr((bool(train.remote) and self.window_shards, self.holdout_every, self.camera)).encode())
+        for shards in train.sets.values():
+            digest.update(file_sha256(shards.folder / MANIFEST).encode() + f"{len(shards)}".encode())
+        return digest.hexdigest()[:16]
 
     # --- loaders ---
 

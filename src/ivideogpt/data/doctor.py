@@ -24,8 +24,10 @@ from ivideogpt.data.segments import shrink_stride
 LAGS = tuple(range(-5, 6))
 FLAT = 2.0
 """Standard deviation of a frame's pixels (0..255) below which nothing is to be seen on it."""
-MARGIN = 0.1
-"""How much better than the lags that are as they should be another lag must fit: slow robots make broad curves."""
+MARGIN, SMALL_MARGIN = 0.1, 0.03
+"""How much better than the lags that are as they should be another lag must fit: slow robots make broad curves.
+
+What fits better by less than the first is a warning, and by less than the second nothing."""
 FROZEN_SHARE = 0.5
 """Share of a recording's steps without any change of a pixel from which on it counts as frozen."""
 SEVERITIES = ("note", "warning", "error")
@@ -124,7 +126,8 @@ def read_set(
 ) -> tuple[list[Reading], list[Finding]]:
     """Readings of the episodes, or of `most` of them evenly spread, and a finding for each that cannot be read."""
     count = len(shards) if most is None else min(most, len(shards))
-    readings, bad = [], []
+    readings: list[Reading] = []
+    bad = [Finding("error", "unreadable", reason, (key,)) for key, reason in shards.skipped.items()]
     for done, index in enumerate(np.linspace(0, len(shards) - 1, count).round().astype(int)):
         key = shards.key(int(index))
         episode = shards.episode(int(index))
@@ -268,18 +271,20 @@ def _alignment(having: Sequence[Reading], draws: int = 200) -> Iterable[Finding]
     best = LAGS[int(rows.mean(0).argmax())]
     rng = np.random.default_rng(0)
     again = [LAGS[int(rows[rng.integers(len(rows), size=len(rows))].mean(0).argmax())] for _ in range(draws)]
-    sure = float(np.mean([lag == best for lag in again]))
+    side = {lag for lag in LAGS if (lag < 0) == (best < 0) and (lag > 2) == (best > 2)}  # each calls for the same
+    sure = float(np.mean([lag in side if best < 0 or best > 2 else lag == best for lag in again]))
     by_lag = dict(zip(LAGS, rows.mean(0).tolist(), strict=True))
-    fitting = max(by_lag[lag] for lag in ((0,) if 0 < best <= 2 else (0, 1, 2)))
-    if sure <= 0.9 or by_lag[best] < fitting + MARGIN:
+    better = by_lag[best] - max(by_lag[lag] for lag in ((0,) if 0 < best <= 2 else (0, 1, 2)))
+    if sure <= 0.9 or better < (SMALL_MARGIN if best < 0 else MARGIN):
         return
     curve = ", ".join(f"{lag:+d}: {value:.2f}" for lag, value in by_lag.items())
     if best < 0:
         text = (
             f"frames change {-best} steps before the action that should change them ({sure:.0%} of resampled sets "
-            f"agree): shift the actions by {-best}. Correlation by lag: {curve}"
+            f"agree): action[t] of these recordings seems to lead to frame t, or to one before; move the actions "
+            f"{-best} rows to the front. Correlation by lag: {curve}"
         )
-        yield Finding("error", "misaligned actions", text)
+        yield Finding("error" if better >= MARGIN else "warning", "misaligned actions", text)
     elif best > 2:
         text = f"frames change {best} steps after their action: a slow robot, or actions shifted. By lag: {curve}"
         yield Finding("warning", "misaligned actions", text)

@@ -31,6 +31,7 @@ EXTRAS = {"s3": "s3fs (pip install 'ivideogpt[s3]')", "gs": "gcsfs (pip install 
 DEFAULT_LIMIT = 100e9
 _ATTEMPTS, _FIRST_WAIT, _LONGEST_WAIT = 6, 0.5, 30.0  # the waits double: half a minute of them in all
 _SILENCE = 60.0  # seconds without a byte after which a connection counts as lost
+_PATIENCE = 600.0  # seconds to wait for the room that others need
 _PIECE = 2**20
 _REFUSED = {400, 401, 403, 405, 410, 451}  # answers that will not change by asking again
 _NAME = re.compile(r"[0-9a-f]{64}\Z")
@@ -120,7 +121,14 @@ class FileCache:
     def _fetch(self, url: str, size: int, sha256: str, path: Path, attempts: int) -> None:
         aside = path.with_suffix(".partial")
         try:
-            self._make_room(url, size, aside)
+            waited = time.monotonic() + (_PATIENCE if attempts > 1 else 0)
+            while not self._make_room(url, size, aside):
+                if time.monotonic() > waited:
+                    raise UnreachableError(
+                        f"{url} has {size:,} bytes, and the {self.limit:,.0f} that the cache in {self.folder} may have "
+                        "are being fetched by other processes: raise its limit"
+                    )
+                time.sleep(0.1)
             _insisting(url, lambda: _copy(url, aside, size, sha256), attempts)
             with self._alone():  # who adds up what is there shall not miss both names
                 os.replace(aside, path)
@@ -130,8 +138,8 @@ class FileCache:
     def _alone(self) -> contextlib.AbstractContextManager[None]:
         return locked(self.folder / "room.lock")
 
-    def _make_room(self, url: str, size: int, aside: Path) -> None:
-        """Removes files until one more of `size` fits, and takes its place."""
+    def _make_room(self, url: str, size: int, aside: Path) -> bool:
+        """Removes files until one more of `size` fits, and takes its place; False where others fetch too much now."""
         if size > self.limit:
             raise RemoteError(
                 f"{url} has {size:,} bytes and the cache in {self.folder} may have {self.limit:,.0f}: raise its limit"
@@ -148,19 +156,17 @@ class FileCache:
                         about = entry.stat()
                         found.append((about.st_mtime, about.st_size, Path(entry.path)))
             used = sum(entry_size for _, entry_size, _ in found)
+            if size + sum(entry_size for _, entry_size, path in found if path.suffix == ".partial") > self.limit:
+                return False
             for _, entry_size, entry_path in sorted(found):
                 if used + size <= self.limit:
                     break
                 if entry_path.suffix != ".partial":
                     entry_path.unlink(missing_ok=True)
                     used -= entry_size
-            if used + size > self.limit:
-                raise RemoteError(
-                    f"{url} has {size:,} bytes, and of the {self.limit:,.0f} that the cache in {self.folder} may have "
-                    f"{used:,} are being fetched by other processes: raise its limit"
-                )
             with open(aside, "wb") as file:
                 file.truncate(size)
+        return True
 
 
 def _checked(sha256: str) -> str:
@@ -182,6 +188,10 @@ class _NetworkError(Exception):
     """What a later attempt may mend."""
 
 
+class _WrongFileError(_NetworkError):
+    """A file that came whole and is another one; if it always is, the file is bad and not the network."""
+
+
 _Result = TypeVar("_Result")
 
 
@@ -192,7 +202,8 @@ def _insisting(url: str, action: Callable[[], _Result], attempts: int = _ATTEMPT
             return action()
         except _NetworkError as error:
             if number == attempts - 1:
-                raise UnreachableError(f"{url}: {error} (asked {attempts} times)") from error
+                kind = RemoteError if isinstance(error, _WrongFileError) else UnreachableError
+                raise kind(f"{url}: {error} (asked {attempts} times)") from error
             wait = min(_FIRST_WAIT * 2**number, _LONGEST_WAIT)
             warnings.warn(f"{url}: {error}; asked again in {wait:g} s", stacklevel=3)
             time.sleep(wait)
@@ -219,7 +230,7 @@ def _copy(url: str, target: Path, size: int, sha256: str) -> None:
     if written != size:
         raise _NetworkError(f"it ended after {written:,} of {size:,} bytes")
     if digest.hexdigest() != sha256:
-        raise _NetworkError("its SHA-256 is not the manifest's")
+        raise _WrongFileError("its SHA-256 is not the manifest's")
 
 
 def _pieces(url: str, most: int) -> Iterator[bytes]:

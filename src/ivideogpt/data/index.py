@@ -129,7 +129,10 @@ class Index:
     def write(self, path: Path) -> None:
         """Writes the file; equal episodes give equal bytes."""
         names = json.dumps({"sources": self.sources, "cameras": self.cameras})
+        path.touch()
+        mode = path.stat().st_mode
         save_file({name: np.ascontiguousarray(column) for name, column in self._columns.items()}, path, {NAME: names})
+        path.chmod(mode)  # safetensors lets nobody but the owner read
 
     def check(self, shards: Sequence[dict[str, Any]]) -> None:
         """Checks every row against the shards, each with its `size` and, in the index's order, `episodes`.

@@ -19,6 +19,7 @@ import numpy as np
 
 from ivideogpt.data.blocks import psnr
 from ivideogpt.data.episode import Episode
+from ivideogpt.data.lerobot_stats import FeatureStats
 from ivideogpt.data.reader import ShardSet
 from ivideogpt.data.sources.frames import pyav
 from ivideogpt.data.sources.lerobot import parquet_module
@@ -103,6 +104,7 @@ class _Writer:
         self.rows: list[dict[str, Any]] = []
         self.frames, self.in_file, self.file = 0, 0, 0
         self.error, self.values = 0.0, 0
+        self.stats = FeatureStats()
         self._table: Any = None
         self._videos: dict[str, _VideoFile] = {}
 
@@ -122,17 +124,19 @@ class _Writer:
             )
         if self.in_file and self.in_file + length > FRAMES_A_FILE:
             self._close_files()
-        named = first.metadata.get("tasks") or [first.metadata.get("label") or first.source or "unknown"]
-        task = self.tasks.setdefault(str(named[0]), len(self.tasks))
+        named = task_of(first)
+        task = self.tasks.setdefault(named, len(self.tasks))
         chunk, file = divmod(self.file, CHUNK)
         row: dict[str, Any] = {
-            "episode_index": len(self.rows), "tasks": [str(named[0])], "length": length,
+            "episode_index": len(self.rows), "tasks": [named], "length": length,
             "data/chunk_index": chunk, "data/file_index": file,
             "dataset_from_index": self.frames, "dataset_to_index": self.frames + length,
             "meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0,
         }  # fmt: skip
         columns = self._columns(first, task)
+        self.stats.add_columns(columns, features)
         for camera, episode in zip(cameras, group, strict=True):
+            self.stats.add_pictures(camera, episode.video)
             if self.video:
                 start = self._video(camera, chunk, file).add(episode.video) / first.fps
                 place = f"videos/{camera}/"
@@ -153,6 +157,8 @@ class _Writer:
         }
         if first.action_dim is not None:
             found["action"] = {"dtype": "float32", "shape": [first.action_dim], "names": None}
+        for name, values in _rows_of_metadata(first).items():
+            found[name] = {"dtype": "float32", "shape": [values.shape[1]], "names": None}
         if first.rewards is not None:
             found["next.reward"] = {"dtype": "float32", "shape": [1], "names": None}
         found["next.done"] = {"dtype": "bool", "shape": [1], "names": None}
@@ -166,6 +172,7 @@ class _Writer:
         columns: dict[str, Any] = {}
         if episode.actions is not None:
             columns["action"] = [row.tolist() for row in episode.actions]
+        columns |= {name: [row.tolist() for row in values] for name, values in _rows_of_metadata(episode).items()}
         if episode.rewards is not None:  # ours are received on arriving, theirs follow the action
             columns["next.reward"] = np.append(episode.rewards[1:], np.float32(0))
         assert episode.terminations is not None
@@ -182,6 +189,7 @@ class _Writer:
         from pyarrow import parquet
 
         types = {"action": pa.list_(pa.float32()), "next.done": pa.bool_()}
+        types |= {name: pa.list_(pa.float32()) for name in columns if name.startswith("observation.")}
         types |= {camera: pa.struct([("bytes", pa.binary()), ("path", pa.string())]) for camera in self.cameras}
         table = pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()})
         if self._table is None:
@@ -235,9 +243,31 @@ class _Writer:
             "splits": {"train": f"0:{len(self.rows)}"}, "data_path": DATA, "video_path": VIDEOS if self.video else None,
             "features": self.info["features"],
         }  # fmt: skip
+        (meta / "stats.json").write_text(json.dumps(self.stats.result(self.frames), indent=4), encoding="utf-8")
         (meta / "info.json").write_text(json.dumps(info, indent=4), encoding="utf-8")
         found = {"episodes": len(self.rows), "frames": self.frames, "cameras": self.cameras}
         return found | ({"psnr": psnr(self.error, self.values)} if self.video else {})
+
+
+def task_of(episode: Episode) -> str:
+    """What the robot was told: the task or instruction that the recording names, else its label or source."""
+    for name, value in episode.metadata.items():
+        if name == "tasks" or name.rpartition("/")[2] in ("task", "label") or "instruction" in name:
+            first = value[0] if isinstance(value, list) and value else value
+            if isinstance(first, str) and first:
+                return first
+    return episode.source or "unknown"
+
+
+def _rows_of_metadata(episode: Episode) -> dict[str, np.ndarray]:
+    """Features (T, N) beside pictures and actions that a recording of LeRobot's brought along, such as its state."""
+    found = {}
+    for name, value in episode.metadata.items():
+        if name.startswith("observation.") and isinstance(value, list) and len(value) == len(episode):
+            rows = np.asarray(value, np.float32)
+            if rows.ndim <= 2 and np.isfinite(rows).all():
+                found[name] = rows.reshape(len(episode), -1)
+    return found
 
 
 class _VideoFile:

@@ -166,7 +166,7 @@ def commit_set(
         "converter": f"ivideogpt {package_version()}",
         "command": command,
         **summed.summary(len(staged)),
-        "quarantine": {"episodes": len(quarantine), "file": QUARANTINE if quarantine else None},
+        "quarantine": {"episodes": episodes_of(quarantine), "file": QUARANTINE if quarantine else None},
         "extra": extra or {},
     }
     old = set(_listed_shards(out))
@@ -200,6 +200,11 @@ def commit_set(
         if path != index_file:
             path.unlink(missing_ok=True)
     return manifest
+
+
+def episodes_of(quarantine: Iterable[dict[str, Any]]) -> int:
+    """Episodes that lines of a quarantine file stand for."""
+    return sum(int(line.get("episodes", 1)) for line in quarantine)
 
 
 def _indices(folder: Path) -> list[Path]:

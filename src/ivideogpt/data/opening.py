@@ -28,6 +28,9 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         what = "is empty" if not any(folder.iterdir()) else "has no manifest.json (was the writer interrupted?)"
+        inside = sorted(f"'{found.parent}'" for found in folder.glob(f"*/{MANIFEST}"))
+        if inside:
+            raise ShardError(f"{folder} holds {len(inside)} sets and is none itself; name one: {', '.join(inside[:4])}")
         raise ShardError(f"{folder} {what}; make a shard set with `ivideogpt data pack` or `ivideogpt data collect`")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

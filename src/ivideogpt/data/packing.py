@@ -17,7 +17,7 @@ from ivideogpt.data.conversion.local import Done, run_here, run_processes
 from ivideogpt.data.conversion.plan import Settings, Unit, make_plan
 from ivideogpt.data.conversion.staging import Staging
 from ivideogpt.data.conversion.unit import CannotWriteError, Row, Writing
-from ivideogpt.data.manifest import MANIFEST, QUARANTINE
+from ivideogpt.data.manifest import MANIFEST, QUARANTINE, episodes_of
 from ivideogpt.data.reader import POLICIES
 from ivideogpt.data.shards import SHARD_BYTES
 
@@ -45,11 +45,16 @@ class PackReport:
     folders: list[Path]
     episodes: int = 0
     frames: int = 0
-    quarantine: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    quarantine: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     format: str = ""
     resumed: int = 0
     missing: int = 0
     found: bool = False
+
+    @property
+    def bad(self) -> int:
+        """Number of episodes that were left out."""
+        return episodes_of(self.quarantine)
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
@@ -223,7 +228,8 @@ def _refuse_bad(rows: dict[int, Row]) -> None:
 
 
 def _refuse_mostly_bad(report: PackReport, source: str, max_bad: float) -> None:
-    bad, total = len(report.quarantine), len(report.quarantine) + report.episodes
+    bad = report.bad
+    total = bad + report.episodes
     if bad == 0:
         return
     key, reason = report.skipped[0]

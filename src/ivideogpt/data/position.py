@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import warnings
 from typing import Any
 
 import lightning as L
@@ -75,8 +76,12 @@ class PositionDataModule(L.LightningDataModule):
         return self._start + max(taken, 0) * self.batch_size * rank_and_world(self.trainer)[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and seed, for the checkpoint."""
-        return {"position": self.position, "seed": self.seed}
+        """Position, seed and what the clips are drawn from, for the checkpoint."""
+        return {"position": self.position, "seed": self.seed, "clips": self.clips_digest()}
+
+    def clips_digest(self) -> str:
+        """Of everything beside the seed that decides which clip comes when; empty where a subclass does not say."""
+        return ""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues at the position of a checkpoint; the batch size and the number of ranks may differ."""
@@ -84,6 +89,13 @@ class PositionDataModule(L.LightningDataModule):
             raise ValueError(
                 f"the checkpoint was made with data seed {state_dict['seed']}, this run has {self.seed}: "
                 "its clips would not be the ones that follow"
+            )
+        before, now = state_dict.get("clips", ""), self.clips_digest()
+        if before and now and before != now:
+            warnings.warn(
+                f"the checkpoint was made with other training sets or clips than these: the order goes on at clip "
+                f"{state_dict['position']}, but it is another order",
+                stacklevel=2,
             )
         self._start, self._taken = int(state_dict["position"]), 0
 

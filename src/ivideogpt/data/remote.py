@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import threading
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -67,9 +68,15 @@ class RemoteShards:
         self.url, self.cache = url.removesuffix(MANIFEST).rstrip("/"), cache
         self.folder = cache.folder.parent / "sets" / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self._wanted: set[int] = set()
+        self._refused: dict[int, str] = {}  # shards that are missing or wrong, and why
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._fetch(MANIFEST, _LONGEST_MANIFEST)
+            try:
+                self._fetch(MANIFEST, _LONGEST_MANIFEST)
+            except UnreachableError as error:
+                if not (self.folder / MANIFEST).is_file():
+                    raise
+                warnings.warn(f"{error}: the set is taken as it was when it was opened last", stacklevel=4)
             self.manifest = load_manifest(self.folder)
             index = self.manifest.get("index")
             name = str(index.get("name")) if isinstance(index, dict) else ""
@@ -101,11 +108,14 @@ class RemoteShards:
             RemoteError: The shard is not there.
             ShardError: The server does not answer, or the disk is full: of all shards, so the policy has no say.
         """
+        if number in self._refused:
+            raise RemoteError(self._refused[number])
         try:
             return self.cache.open(*self._about(number))
         except UnreachableError as error:
             raise ShardError(str(error)) from error
-        except RemoteError:
+        except RemoteError as error:
+            self._refused[number] = str(error)  # its other episodes need not ask again
             raise
         except OSError as error:
             raise ShardError(f"{self.name(number)} cannot be kept in {self.cache.folder}: {error}") from error

@@ -13,6 +13,7 @@ from importlib import resources
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ivideogpt.metrics.networks import Missing, Weights, fetch_weights, find_weights
 
@@ -115,8 +116,10 @@ class LPIPS(nn.Module):
     def _distances(self, first: Tensor, second: Tensor) -> Tensor:
         total = first.new_zeros(len(first), dtype=torch.float32)
         for index, (a, b) in enumerate(zip(self.features(first), self.features(second), strict=True)):
-            difference = (_normalize(a) - _normalize(b)).pow(2)
-            total = total + (difference * getattr(self, f"head{index}")).sum(1).mean((1, 2))
+            # a backward pass computes the dozen of maps in between again, so that none of them is kept
+            total = total + checkpoint(
+                _stage_distance, a, b, getattr(self, f"head{index}"), use_reentrant=False, preserve_rng_state=False
+            )
         return total
 
     def features(self, frames: Tensor) -> list[Tensor]:
@@ -128,6 +131,11 @@ class LPIPS(nn.Module):
             if index in TAPS[self.network]:
                 activations.append(x)
         return activations
+
+
+def _stage_distance(first: Tensor, second: Tensor, head: Tensor) -> Tensor:
+    """Distances (N,) of one stage's activations (N, C, h, w)."""
+    return ((_normalize(first) - _normalize(second)).pow(2) * head).sum(1).mean((1, 2))
 
 
 def _normalize(x: Tensor) -> Tensor:

@@ -70,6 +70,12 @@ class ActionLayers(nn.Module):
         assert isinstance(layer, ActionLayer)
         return layer
 
+    def take(self, others: ActionLayers) -> None:
+        """Takes the layers of the spaces that others have too, of the same size."""
+        for name, size in self.spaces.items():
+            if others.spaces.get(name) == size:
+                self[name].load_state_dict(others[name].state_dict())
+
     def space_of(self, source: str) -> str | None:
         """The space that the actions of a source are of."""
         return next((name for name in self.layers if fnmatchcase(source, name)), None)

@@ -6,13 +6,49 @@ B batch, C channels, H and W the spatial size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 NORM_EPS = 1e-6
 
 
-class ResidualBlock(nn.Module):
+class Recomputing(nn.Module):
+    """Base of modules that can compute what stands in front of a convolution again in place of keeping it.
+
+    Attributes:
+        recomputes: whether a backward pass does so: norms, SiLUs, padding and doubling are cheap, and what they give is
+            most of what there is to keep. The gradients are the same.
+    """
+
+    recomputes = False
+
+    def run(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """``part(*inputs)``, which ends in a convolution."""
+        if self.recomputes and torch.is_grad_enabled():
+            # recomputation stops where the convolution would keep its input, so it is not done twice itself
+            return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return part(*inputs)
+
+
+def normed_convolution(norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
+    """Norm, SiLU, convolution."""
+    return conv(F.silu(norm(x)))
+
+
+def _padded_convolution(conv: nn.Module, x: Tensor) -> Tensor:
+    return conv(F.pad(x, (0, 1, 0, 1)))
+
+
+def _doubled_convolution(conv: nn.Module, x: Tensor) -> Tensor:
+    return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class ResidualBlock(Recomputing):
     """Two 3x3 convolutions with group norm and SiLU in front, and a 1x1 shortcut where the width changes."""
 
     def __init__(self, in_channels: int, out_channels: int, norm_num_groups: int) -> None:
@@ -24,8 +60,8 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.run(normed_convolution, self.norm1, self.conv1, x)
+        h = self.run(normed_convolution, self.norm2, self.conv2, h)
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
 
@@ -62,7 +98,7 @@ class MidBlock(nn.Module):
         return self.resnets[1](x)
 
 
-class Downsample(nn.Module):
+class Downsample(Recomputing):
     """3x3 convolution of stride 2, padded at the right and the bottom only."""
 
     def __init__(self, channels: int) -> None:
@@ -70,10 +106,10 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.run(_padded_convolution, self.conv, x)
 
 
-class Upsample(nn.Module):
+class Upsample(Recomputing):
     """Nearest-neighbour doubling and a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
@@ -81,7 +117,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.run(_doubled_convolution, self.conv, x)
 
 
 class DownBlock(nn.Module):
@@ -118,7 +154,7 @@ class UpBlock(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
+class Encoder(Recomputing):
     """Frames (B, in_channels, H, W) to latents (B, out_channels, H/f, W/f).
 
     Features, in order: after the first convolution, after each level, after the middle.
@@ -153,10 +189,10 @@ class Encoder(nn.Module):
             features.append(x)
         x = self.mid_block(x)
         features.append(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x))), features
+        return self.run(normed_convolution, self.conv_norm_out, self.conv_out, x), features
 
 
-class Decoder(nn.Module):
+class Decoder(Recomputing):
     """Latents (B, in_channels, h, w) to frames (B, out_channels, fh, fw).
 
     Features, in order: after the first convolution, after the middle, after each level.
@@ -190,7 +226,7 @@ class Decoder(nn.Module):
 
     def to_frames(self, x: Tensor) -> Tensor:
         """Frames (B, out_channels, fh, fw) of the last stage's features."""
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.run(normed_convolution, self.conv_norm_out, self.conv_out, x)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
         x, features = latents, []

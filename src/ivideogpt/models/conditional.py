@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ivideogpt.config import CROSS_ATTENTION_HEADS, CROSS_ATTENTION_NORM_GROUPS
-from ivideogpt.models.autoencoder import Decoder, Encoder
+from ivideogpt.models.autoencoder import Decoder, Encoder, normed_convolution
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values (B, heads, t0 hw, C / heads) of the context frames at one level."""
@@ -119,7 +119,7 @@ class ConditionalEncoder(Encoder):
             if level in self.attention_index:
                 x = self.cross_att_blocks[self.attention_index[level]](x, features[level + 1])
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.run(normed_convolution, self.conv_norm_out, self.conv_out, x)
 
 
 class ConditionalDecoder(Decoder):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ivideogpt.config import TokenizerConfig
 from ivideogpt.layout import TokenLayout
-from ivideogpt.models.autoencoder import Decoder, Encoder
+from ivideogpt.models.autoencoder import Decoder, Encoder, Recomputing
+from ivideogpt.models.compiling import compiled
 from ivideogpt.models.conditional import ConditionalDecoder, ConditionalEncoder, CrossAttentionBlock
 from ivideogpt.models.quantizer import QuantizerOutput, VectorQuantizer
 
@@ -50,7 +51,13 @@ class TokenizerOutput:
 
 
 class CompressiveTokenizer(nn.Module):
-    """Compressive VQ tokenizer; the published checkpoints' state dicts load into it as they are."""
+    """Compressive VQ tokenizer; the published checkpoints' state dicts load into it as they are.
+
+    Attributes:
+        compiles: whether a training forward is compiled (``torch.compile``).
+    """
+
+    compiles = False
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -175,6 +182,18 @@ class CompressiveTokenizer(nn.Module):
 
     def forward(self, context_frames: Tensor, future_frames: Tensor) -> TokenizerOutput:
         """Encodes, quantizes and decodes ``context_frames`` (B, t0, C, H, W), ``future_frames`` (B, F, C, H, W)."""
+        if self.compiles and torch.is_grad_enabled():
+            return compiled(CompressiveTokenizer.reconstruct)(self, context_frames, future_frames)
+        return self.reconstruct(context_frames, future_frames)
+
+    def save_memory(self, recompute: bool = True) -> None:
+        """Whether a backward pass computes norms and activations again in place of keeping them."""
+        for block in self.modules():
+            if isinstance(block, Recomputing):
+                block.recomputes = recompute
+
+    def reconstruct(self, context_frames: Tensor, future_frames: Tensor) -> TokenizerOutput:
+        """What ``forward`` gives, never compiled."""
         context_latents, encoder_features = self._context_latents(context_frames)
         dynamics_latents = self._dynamics_latents(future_frames, encoder_features)
         context: QuantizerOutput = self.quantize(context_latents)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ivideogpt.config import TransformerConfig
 from ivideogpt.layout import IGNORE_INDEX
+from ivideogpt.models.compiling import compiled
 
 
 class Cache(Protocol):
@@ -111,7 +112,13 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward layer."""
+    """Pre-norm attention and feed-forward layer.
+
+    Attributes:
+        compiles: whether what is computed for a backward pass is compiled (``torch.compile``).
+    """
+
+    compiles = False
 
     def __init__(self, attention: Attention, mlp: SwiGLU, embed_dim: int, norm_eps: float) -> None:
         super().__init__()
@@ -123,6 +130,14 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, input_pos: Tensor | None, cache: Cache | None
     ) -> Tensor:
+        if self.compiles and cache is None and torch.is_grad_enabled():
+            return compiled(Block.compute)(self, x, rope, 0, None, None)  # `layer` is the cache's, and no number here
+        return self.compute(x, rope, layer, input_pos, cache)
+
+    def compute(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, input_pos: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        """What ``forward`` gives, never compiled."""
         x = x + self.self_attn(self.input_layernorm(x), rope, layer, input_pos, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -174,6 +189,12 @@ class Transformer(nn.Module):
                 nn.init.zeros_(module.bias)
         if self.action_linear is not None:
             nn.init.zeros_(self.action_linear.weight)
+
+    def compile_blocks(self) -> None:
+        """Compiles the blocks' training forward, all of them once, when it is first called."""
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            layer.compiles = True
 
     def flops_per_sequence(self, length: int) -> float:
         """Arithmetic of a training step on one sequence: forward and backward, recomputation not counted.

@@ -9,9 +9,11 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from ivideogpt.recipes.adapters import check_lora
 from ivideogpt.recipes.classes import arguments, check_arguments, defaults, import_class
 from ivideogpt.recipes.parts import check_part, part_arguments
 from ivideogpt.recipes.reading import Node
+from ivideogpt.training.lora import LoRA
 
 BASES: dict[str, type] = {"module": LightningModule, "data": LightningDataModule}
 
@@ -47,6 +49,13 @@ def check_stage(
             if values.get(name) is not None:
                 check_part(kind, values[name], f"{place}.{name}", earlier, later)
         parse_arguments(cls, values, place, skip=set(parts))
+        if values.get("lora") is not None:
+            check_lora(values, place)
+            _, lora = parse_arguments(LoRA, values["lora"], f"{place}.lora")
+            try:
+                LoRA(**vars(lora["value"]))
+            except ValueError as error:
+                raise ValueError(f"{place}.{error}") from error
         # written out, so that a later version with other defaults does not change what a recipe means
         own_seed = {"seed": seed} if "seed" in arguments(cls)[0] else {}
         checked[key] = {"class_path": node["class_path"], "init_args": {**defaults(cls), **own_seed, **values}}

@@ -6,6 +6,7 @@ of this package and the building blocks of lightning and torch below can be name
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 import importlib
@@ -168,6 +169,8 @@ def _check_value(value: Any, hint: Any, where: str, trust: bool) -> None:
             raise ValueError(f"{where}: beside class_path only init_args may stand, got {sorted(extra)}")
         cls = import_class(value["class_path"], where, trust)
         check_arguments(cls, value.get("init_args") or {}, where, trust)
+    elif isinstance(value, dict) and (fields := _dataclass(hint)) is not None:
+        check_arguments(fields, value, where, trust)
     elif isinstance(value, dict):
         for key, item in value.items():
             _check_value(item, hint, f"{where}.{key}", trust)
@@ -176,6 +179,11 @@ def _check_value(value: Any, hint: Any, where: str, trust: bool) -> None:
             _check_value(item, hint, f"{where}.{index}", trust)
     elif isinstance(value, str) and not trust:
         _check_string(value, hint, where)
+
+
+def _dataclass(hint: Any) -> type | None:
+    """The dataclass that a mapping is turned into, None where it stays one."""
+    return next((leaf for leaf in leaves(hint) if isinstance(leaf, type) and dataclasses.is_dataclass(leaf)), None)
 
 
 def _check_string(value: str, hint: Any, where: str) -> None:

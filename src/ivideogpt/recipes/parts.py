@@ -8,7 +8,7 @@ A module's argument of type tokenizer, transformer, reward head or world model i
     {from: tokenizer}                     of an earlier stage of the recipe
     {from: ivideogpt-metaworld-nano}      of a zoo name, a Hub id or a folder
 
-``from`` takes revision, context_length and action_dim beside it, as ``ivideogpt.from_pretrained`` does.
+``from`` takes revision, context_length, action_dim and action_space beside it, as ``ivideogpt.from_pretrained`` does.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ivideogpt.recipes.classes import arguments, leaves
 from ivideogpt.recipes.reading import Node, nearest
 from ivideogpt.recipes.results import load_tokenizer
 from ivideogpt.world_model import WorldModel
+from ivideogpt.zoo.adapter import is_adapter
 from ivideogpt.zoo.checkpoint import Parts, load_parts
 from ivideogpt.zoo.vq_weights import find_vq_weights, start_from_vq_weights
 
@@ -37,7 +38,7 @@ KINDS: dict[type, str] = {
     RewardHead: "reward_head",
     WorldModel: "world_model",
 }
-SOURCE_KEYS = ("from", "revision", "context_length", "action_dim")
+SOURCE_KEYS = ("from", "revision", "context_length", "action_dim", "action_space")
 INITIAL_WEIGHTS = "initial_weights"
 _CONFIGS: dict[str, Any] = {
     "tokenizer": TokenizerConfig,
@@ -152,9 +153,13 @@ class PartBuilder:
             if spec.get("context_length") is not None:
                 tokenizer.set_context_length(spec["context_length"])
             return tokenizer
-        if not (folder / "transformer").is_dir():
+        if not (folder / "transformer").is_dir() and not is_adapter(folder):
             raise ValueError(f"{where}: {spec['from']!r} ({folder}) holds a tokenizer only, not a {kind}")
-        parts = load_parts(folder, context_length=spec.get("context_length"), action_dim=spec.get("action_dim"))
+        keys = ("context_length", "action_dim", "action_space")
+        try:
+            parts = load_parts(folder, **{key: spec.get(key) for key in keys})
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         self.loaded[kind] = parts
         if kind == "world_model":
             return WorldModel.from_parts(

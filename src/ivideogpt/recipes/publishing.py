@@ -15,6 +15,7 @@ import yaml
 
 from ivideogpt.recipes.reading import Node, nearest
 from ivideogpt.recipes.results import read_record
+from ivideogpt.zoo.adapter import is_adapter
 from ivideogpt.zoo.card import entry_card, results_files
 from ivideogpt.zoo.card_results import read_card_results
 from ivideogpt.zoo.checkpoint import RECIPE, TRANSFORMER_WEIGHTS, load_parts
@@ -130,7 +131,7 @@ def model_folder(folder: Path) -> Path:
     for found in (folder, folder / "model"):
         if found.is_dir():
             finish_interrupted_save(found)
-        if (found / TRANSFORMER_WEIGHTS).is_file():
+        if (found / TRANSFORMER_WEIGHTS).is_file() or is_adapter(found):
             return found
     raise ValueError(
         f"{folder} holds no world model, neither itself nor in {folder / 'model'}; a recipe writes that when its "

@@ -2,7 +2,7 @@
 
 OUTPUT/recipe.yaml              the resolved recipe
 OUTPUT/STAGE/stage.json         the record: state, settings, inputs, time; a finished stage is skipped by it
-OUTPUT/STAGE/tokenizer/, transformer/, ivideogpt.json, recipe.yaml   the weights
+OUTPUT/STAGE/tokenizer/, transformer/, ivideogpt.json, recipe.yaml   the weights, or an adapter's files
 OUTPUT/STAGE/checkpoints/, metrics.csv, tensorboard/, strips/        the training's own
 OUTPUT/model/                   the last world model of the recipe
 """
@@ -20,7 +20,8 @@ import torch
 
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.zoo import published
-from ivideogpt.zoo.checkpoint import TOKENIZER_CONFIG, TOKENIZER_WEIGHTS
+from ivideogpt.zoo.adapter import is_adapter
+from ivideogpt.zoo.checkpoint import ADAPTER_FILES, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, load_parts
 from ivideogpt.zoo.folder import finish_interrupted_save, replacing_files
 from ivideogpt.zoo.side_file import SIDE_FILE, read_side_file, side_file_text
 from ivideogpt.zoo.tensors import build_on_meta, check_header, read_header, read_tensors, write_tensors
@@ -47,12 +48,14 @@ def save_tokenizer(folder: Path, tokenizer: CompressiveTokenizer, extras: dict[s
 
 
 def load_tokenizer(folder: Path) -> CompressiveTokenizer:
-    """Tokenizer in ``folder``, be it one that was saved alone or a whole world model.
+    """Tokenizer in ``folder``, be it one that was saved alone, a whole world model, or an adapter: its base's.
 
     Raises:
         ValueError: if a file is missing or not what it should be.
     """
     finish_interrupted_save(folder)
+    if is_adapter(folder):
+        return load_parts(folder).tokenizer
     for name in (TOKENIZER_CONFIG, TOKENIZER_WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no tokenizer: there is no {name}")
@@ -70,12 +73,12 @@ def load_tokenizer(folder: Path) -> CompressiveTokenizer:
 def fingerprint(folder: Path) -> str:
     """Hash of the weights and configurations in ``folder``."""
     digest = hashlib.sha256()
-    for part in ("tokenizer", "transformer"):
-        for path in sorted((folder / part).glob("*")):
-            digest.update(f"{part}/{path.name}\n".encode())
-            with open(path, "rb") as file:
-                while chunk := file.read(2**20):
-                    digest.update(chunk)
+    paths = [path for part in ("tokenizer", "transformer") for path in sorted((folder / part).glob("*"))]
+    for path in [*paths, *(folder / name for name in ADAPTER_FILES if (folder / name).is_file())]:
+        digest.update(f"{path.relative_to(folder).as_posix()}\n".encode())
+        with open(path, "rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
     return digest.hexdigest()
 
 

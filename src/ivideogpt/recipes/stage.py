@@ -21,22 +21,23 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.markup import escape
 
+from ivideogpt.recipes.adapters import base_reference, find_whole_base, make_adapter
 from ivideogpt.recipes.checking import BASES, build_arguments, trains
 from ivideogpt.recipes.classes import arguments, defaults, import_class
+from ivideogpt.recipes.loggers import all_loggers, finish_wandb, place_wandb
 from ivideogpt.recipes.parts import PartBuilder, check_initial_weights, part_arguments, source_folder
 from ivideogpt.recipes.reading import Node
 from ivideogpt.recipes.results import differences, fingerprint, read_record, save_tokenizer, write_record, write_text
 from ivideogpt.training.callbacks import SeededUpdates
 from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, Preempted, latest_checkpoint
-from ivideogpt.training.logs import MetricsCSV
 from ivideogpt.training.progress import UpdateProgress
 from ivideogpt.training.sharding import is_sharded, whole_state
+from ivideogpt.zoo.adapter import save_adapter
 from ivideogpt.zoo.checkpoint import FILES, Parts, save_parts
 from ivideogpt.zoo.folder import finish_interrupted_save, replacing_files
 from ivideogpt.zoo.published import Published
@@ -112,7 +113,7 @@ class Stage:
         module = self.build_module(builder)
         data = self._build(LightningDataModule, "data")
         check_fit(module, data, self.name)
-        trainer, checkpoint = self._trainer()
+        trainer, checkpoint = self._trainer(record["started"])
         if trainer.is_global_zero:
             write_record(self.folder, record)
         if trains(type(module)):
@@ -137,6 +138,7 @@ class Stage:
             summary = {name: record[name] for name in ("started", "finished", "seconds", "updates")}
             write_text(self.folder / "summary.json", json.dumps(summary | {"metrics": metrics}, indent=2) + "\n")
             console.print(f"[bold]{self.name}[/]: finished in {record['seconds']} s", highlight=False)
+        finish_wandb()
         trainer.strategy.barrier()
 
     def check_sources(self) -> None:
@@ -236,6 +238,8 @@ class Stage:
         """The stage's module as it is before training."""
         cls, values = self._class("module"), self.config["module"]["init_args"]
         kinds = part_arguments(cls)
+        if values.get("lora") is not None:
+            find_whole_base(values["transformer"], self.earlier, f"stages.{self.name}.module.transformer")
         kwargs = build_arguments(cls, values, f"stages.{self.name}.module", skip=kinds)
         for argument, kind in kinds.items():
             where = f"stages.{self.name}.module.{argument}"
@@ -245,12 +249,18 @@ class Stage:
             for name in ("action_mean", "action_std"):
                 if name in arguments(cls)[0] and values.get(name) is None:
                     kwargs[name] = loaded.extras.get(name)
+            if loaded.action_layers is not None and "action_spaces" in arguments(cls)[0]:
+                kwargs["action_spaces"] = values.get("action_spaces") or loaded.action_layers.spaces
         if "output_folder" in arguments(cls)[0] and values.get("output_folder") is None:
             kwargs["output_folder"] = self.folder
-        return cls(**kwargs)
+        module = cls(**kwargs)
+        layers = getattr(module, "action_layers", None)
+        if loaded is not None and loaded.action_layers is not None and layers is not None:
+            layers.take(loaded.action_layers)
+        return module
 
-    def _trainer(self) -> tuple[Trainer, Path | None]:
-        settings = dict(self.config["trainer"])
+    def _trainer(self, started: str) -> tuple[Trainer, Path | None]:
+        settings = place_wandb(dict(self.config["trainer"]), self.folder, self.recipe_name, self.name, started)
         kwargs = build_arguments(Trainer, settings, f"stages.{self.name}.trainer", skip=("default_root_dir",))
         found = latest_checkpoint(self.folder / "checkpoints")
         step = 0 if found is None else found[0]
@@ -261,12 +271,7 @@ class Stage:
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if kwargs.get("enable_progress_bar") is not False and not own_bar:
             callbacks.append(UpdateProgress(self.name))
-        logger = kwargs.pop("logger", None)
-        loggers: list[Any] = []
-        if logger is not False:
-            extra = [] if logger in (None, True) else (logger if isinstance(logger, list) else [logger])
-            tensorboard = TensorBoardLogger(self.folder, name="", version="tensorboard", purge_step=step or None)
-            loggers = [MetricsCSV(self.folder, step), tensorboard, *extra]
+        loggers = all_loggers(kwargs.pop("logger", None), self.folder, step)
         plugins = kwargs.pop("plugins", None) or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         if "num_sanity_val_steps" not in settings:
@@ -303,7 +308,13 @@ class Stage:
         if source is not None and source not in self.earlier and not Path(source).is_dir():
             extras["base_model"] = source
         old = loaded.published if loaded else Published()
-        parts = Parts(module.tokenizer, transformer, module.reward_head, extras, old)
+        if getattr(module, "lora", None) is not None:
+            where, spec = f"stages.{self.name}.module", self.config["module"]["init_args"]["transformer"]
+            base = base_reference(spec, self.earlier, folder, where, module.tokenizer.config.context_length)
+            save_adapter(folder, make_adapter(module, {**extras, "adapter_base": base}, self.recipe_text))
+            return
+        layers = getattr(module, "action_layers", None)
+        parts = Parts(module.tokenizer, transformer, module.reward_head, extras, old, layers)
         parts.published.recipe = self.recipe_text
         save_parts(folder, parts)
 
@@ -352,6 +363,9 @@ def compose_model(stage_folder: Path, output: Path) -> None:
             for name in names:
                 (staging / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(stage_folder / name, staging / name)
+    for name in FILES:
+        if name not in names:
+            (model / name).unlink(missing_ok=True)  # of an earlier run, which left an adapter or a whole model
 
 
 @contextlib.contextmanager

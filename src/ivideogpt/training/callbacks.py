@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -46,7 +46,7 @@ class SeededUpdates(Callback):
 
 
 class RolloutStrips(Callback):
-    """Draws truth | prediction | error of held-out clips at each validation, as PNG and GIF and to TensorBoard.
+    """Draws truth | prediction | error of held-out clips at each validation, as PNG and GIF, to TensorBoard and to W&B.
 
     A tokenizer's prediction is its reconstruction, a transformer's an autoregressive rollout.
 
@@ -92,6 +92,8 @@ class RolloutStrips(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("val/strips", picture, trainer.global_step, dataformats="HWC")
+            elif isinstance(logger, WandbLogger):
+                logger.log_image("val/strips", [picture], trainer.global_step)
         for old in sorted(folder.glob("update-*.png"))[: -self.keep]:
             old.unlink(missing_ok=True)
             old.with_suffix(".gif").unlink(missing_ok=True)

@@ -5,7 +5,7 @@ Batches hold the clips' ``video`` (B, T, C, H, W), or their ``tokens`` (B, L) wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ from ivideogpt.training.actions import (
     prepare_actions,
 )
 from ivideogpt.training.embedding_seeds import seed_embeddings as codebook_embeddings
+from ivideogpt.training.frozen_tokenizer import FrozenTokenizer, TokenizerPrecision
+from ivideogpt.training.lora import LoRA, add_lora, merged, trains_lora
 from ivideogpt.training.module import TrainingModule
 from ivideogpt.training.optim import Schedule
 from ivideogpt.training.token_data import check_length, check_token_data
@@ -76,8 +78,12 @@ class TransformerModule(TrainingModule):
         seed_embeddings: starts a fresh transformer with embeddings made of the codebooks
             (:func:`ivideogpt.training.embedding_seeds.seed_embeddings`); a trained one would lose its own.
         activation_checkpointing: computes each block again in the backward pass, for the memory that it saves.
+        compile: compiles the blocks and the frozen tokenizer (``torch.compile``): the first update takes minutes.
+        tokenizer_precision: of the frozen tokenizer, where batches hold pixels: ``"trainer"`` as the trainer says,
+            ``"bfloat16"`` faster whatever it says, with a few ids that differ from float32's as they do in bf16-mixed.
         max_bad_updates: updates in a row with a loss that is not finite that are left out before the training stops.
         loss_limit: a larger loss counts as one that is not finite.
+        lora: trains small matrices beside the transformer's weights, which are frozen, and its action layer.
     """
 
     action_mean: Tensor
@@ -104,8 +110,11 @@ class TransformerModule(TrainingModule):
         action_spaces: dict[str, int] | None = None,
         seed_embeddings: bool = False,
         activation_checkpointing: bool = False,
+        compile: bool = False,  # noqa: A002
+        tokenizer_precision: TokenizerPrecision = "trainer",
         max_bad_updates: int = 0,
         loss_limit: float | None = None,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__(
             learning_rate, schedule, warmup_updates, weight_decay, betas, gradient_clip, max_bad_updates, loss_limit
@@ -122,8 +131,14 @@ class TransformerModule(TrainingModule):
         self.reward_weight = reward_weight
         self.layout = tokenizer.layout
         self.freeze_part("tokenizer")
+        self._encode = FrozenTokenizer(tokenizer, tokenizer_precision, compile)
+        if compile:
+            transformer.compile_blocks()
         if seed_embeddings:
             codebook_embeddings(transformer, tokenizer)
+        self.lora = LoRA(**lora) if isinstance(lora, Mapping) else lora  # a recipe's is a mapping
+        for name in add_lora(transformer, self.lora) if self.lora is not None else ():
+            self.freeze_part(f"transformer.{name}")
         for name in freeze:
             self._freeze_by_name(name)
         self.normalizes = action_mean is not None or action_statistics_from_data
@@ -132,6 +147,11 @@ class TransformerModule(TrainingModule):
             action_warmup_updates,
         )
         prepare_actions(self, action_mean, action_std, action_spaces)
+        if self.lora is not None and (seed_embeddings or action_spaces or not trains_lora(transformer)):
+            raise ValueError(
+                f"lora does not go with seed_embeddings {seed_embeddings}, action_spaces {action_spaces} and freeze "
+                f"{list(freeze)}"
+            )
         self.reward_correlation = PearsonCorrCoef()
 
     def _freeze_by_name(self, name: str) -> None:
@@ -179,7 +199,7 @@ class TransformerModule(TrainingModule):
         tokens = batch.get("tokens")
         frames = batch["video"].shape[1] if tokens is None else self.layout.num_frames(tokens.shape[1])
         check_length(frames, self.layout, self.transformer)
-        return self.tokenizer.encode(batch["video"]) if tokens is None else tokens
+        return self._encode(batch["video"]) if tokens is None else tokens
 
     def predict_clip(self, batch: dict[str, Any]) -> TeacherForced:
         """Teacher-forced forward of the clips in ``batch``; logits only where there are labels.
@@ -246,7 +266,7 @@ class TransformerModule(TrainingModule):
     def imagine(self, batch: dict[str, Any], temperature: float = 1.0, top_k: int | None = 100) -> Tensor:
         """Rollouts of the clips in ``batch`` from their context, (B, T, C, H, W) in [0, 1]; the same seed each time."""
         video, actions = batch["video"], None
-        transformer = self.transformer
+        transformer = self.transformer if self.lora is None else merged(self.transformer)
         if self.action_layers is not None:
             transformer, video, actions = one_space(self.action_layers, transformer, batch)
         elif transformer.config.action_dim is not None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ivideogpt.models.action_layers import ActionLayers
+from ivideogpt.models.action_layers import ActionLayers, with_action_layer
+from ivideogpt.models.transformer import Transformer
 from ivideogpt.zoo.tensors import Shape, check_header, read_header, read_tensors, write_tensors
 
 ACTION_SPACES = "transformer/action_spaces.safetensors"
@@ -26,6 +27,25 @@ def write_action_layers(layers: ActionLayers, path: Path) -> None:
     """
     tensors = {f"{name}.{key}": value for name in layers.spaces for key, value in layers[name].state_dict().items()}
     write_tensors(tensors, path, {}, torch.float32)
+
+
+def choose_action_space(
+    transformer: Transformer, layers: ActionLayers | None, name: str, folder: Path
+) -> tuple[Transformer, dict[str, list[float]]]:
+    """The transformer with the action layer of one space, and the statistics that its actions are normalised by.
+
+    Raises:
+        ValueError: if there is no such space; the message lists those that there are.
+    """
+    spaces = layers.spaces if layers is not None else {}
+    if layers is None or name not in spaces:
+        there = ", ".join(f"{space!r} ({size})" for space, size in spaces.items())
+        raise ValueError(f"{folder} has no action space {name!r}; it has {there or 'none'}")
+    layer = layers[name]
+    chosen = with_action_layer(transformer, layer)
+    assert chosen.action_linear is not None
+    chosen.action_linear.to(transformer.lm_head.weight.dtype)
+    return chosen, {"action_mean": layer.mean.tolist(), "action_std": layer.std.tolist()}
 
 
 def read_action_layers(path: Path, embed_dim: int, device: torch.device) -> ActionLayers:

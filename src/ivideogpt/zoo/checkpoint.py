@@ -4,6 +4,9 @@ tokenizer/config.json    tokenizer/diffusion_pytorch_model.safetensors
 transformer/config.json  transformer/model.safetensors  [transformer/generation_config.json]
 [ivideogpt.json]         what the published layout lacks
 [recipe.yaml]            the resolved recipe that trained the weights
+[transformer/action_spaces.safetensors]   of a model with several action spaces
+
+A LoRA adapter (:mod:`ivideogpt.zoo.adapter`) is loaded as well: its base, with the adapter merged in.
 """
 
 from __future__ import annotations
@@ -12,20 +15,25 @@ import json
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ivideogpt.config import RewardHeadConfig, WorldModelConfig
+from ivideogpt.models.action_layers import ActionLayers
 from ivideogpt.models.reward_head import RewardHead
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer
 from ivideogpt.zoo import published
+from ivideogpt.zoo.action_spaces import ACTION_SPACES, choose_action_space, read_action_layers, write_action_layers
 from ivideogpt.zoo.folder import finish_interrupted_save, replacing_files
 from ivideogpt.zoo.published import Published, read_json, reward_key, transformer_key
 from ivideogpt.zoo.side_file import SIDE_FILE, check_extras, read_side_file, side_file_text
 from ivideogpt.zoo.tensors import Header, build_on_meta, check_header, read_header, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from ivideogpt.zoo.adapter import Adapter
 
 TOKENIZER_CONFIG = "tokenizer/config.json"
 TOKENIZER_WEIGHTS = "tokenizer/diffusion_pytorch_model.safetensors"
@@ -33,9 +41,14 @@ TRANSFORMER_CONFIG = "transformer/config.json"
 TRANSFORMER_WEIGHTS = "transformer/model.safetensors"
 GENERATION_CONFIG = "transformer/generation_config.json"
 RECIPE = "recipe.yaml"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_LAYERS = "adapter_layers.safetensors"
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_LAYERS)
 FILES = (
     *(TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, TRANSFORMER_CONFIG, TRANSFORMER_WEIGHTS),
-    *(GENERATION_CONFIG, SIDE_FILE, RECIPE),
+    *(GENERATION_CONFIG, SIDE_FILE, RECIPE, ACTION_SPACES),
+    *ADAPTER_FILES,
 )
 """Every file of a checkpoint that is ever read."""
 
@@ -56,6 +69,8 @@ class Parts:
         reward_head: None where the model predicts no rewards.
         extras: fields of the side file, see :data:`ivideogpt.zoo.side_file.KNOWN`.
         published: what the published files held.
+        action_layers: of several action spaces, of which a world model uses one; the transformer then has none.
+        adapter: that was merged into them, where they were loaded from one.
     """
 
     tokenizer: CompressiveTokenizer
@@ -63,6 +78,8 @@ class Parts:
     reward_head: RewardHead | None = None
     extras: dict[str, Any] = field(default_factory=dict)
     published: Published = field(default_factory=Published)
+    action_layers: ActionLayers | None = None
+    adapter: Adapter | None = None
 
     @property
     def config(self) -> WorldModelConfig:
@@ -156,17 +173,19 @@ def load_parts(
     dtype: torch.dtype | str | None = None,
     context_length: int | None = None,
     action_dim: int | None = None,
+    action_space: str | None = None,
 ) -> Parts:
     """Parts of the world model in ``folder``, in eval mode.
 
     Args:
-        folder: in the published layout; see the top of this file.
+        folder: in the published layout, see the top of this file; or an adapter.
         device: where the weights go, the CPU if None.
         dtype: what the weights are converted to; if None, float32, also where the file holds bfloat16.
         context_length: shortens the tokenizer's context.
         action_dim: size of the actions that will be given. If the checkpoint has no action layer or one of another
             size, the model gets a fresh one, which adds nothing until it is trained, and says so by an
             :class:`ActionLayerWarning`.
+        action_space: of a model with several, the one whose action layer the transformer gets.
 
     Raises:
         ValueError: if the folder lacks a file, if a configuration or a tensor is not what it should be, or if an
@@ -178,6 +197,14 @@ def load_parts(
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder")
     finish_interrupted_save(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        from ivideogpt.zoo.adapter import load_adapted
+
+        parts = load_adapted(folder, wanted_device, wanted_dtype, context_length)
+        if action_dim is not None and action_dim != parts.config.action_dim:
+            _renew_action_layer(parts.transformer, action_dim, folder)
+            parts.extras, parts.adapter = _without_action_statistics(parts.extras), None
+        return parts
     for name in (TOKENIZER_CONFIG, TRANSFORMER_CONFIG):
         _existing(folder / name, folder)
     headers = {name: read_header(folder / name) for name in (TOKENIZER_WEIGHTS, TRANSFORMER_WEIGHTS)}
@@ -194,12 +221,19 @@ def load_parts(
     if reward_head is not None:
         reward_head.load_state_dict({name: tensors[reward_key(name)] for name in reward_head.state_dict()}, assign=True)
 
+    action_layers = None
+    if (folder / ACTION_SPACES).is_file():
+        action_layers = read_action_layers(folder / ACTION_SPACES, transformer.config.embed_dim, wanted_device)
+    if action_space is not None:
+        transformer, statistics = choose_action_space(transformer, action_layers, action_space, folder)
+        extras, action_layers, stored_action_dim = extras | statistics, None, transformer.config.action_dim
+
     if context_length is not None and context_length != tokenizer.config.context_length:
         tokenizer.set_context_length(context_length)
     if action_dim is not None and action_dim != stored_action_dim:
         _renew_action_layer(transformer, action_dim, folder)
-        extras = {name: value for name, value in extras.items() if name not in ("action_mean", "action_std")}
-    for module in (tokenizer, transformer, reward_head):
+        extras, action_layers = _without_action_statistics(extras), None
+    for module in (tokenizer, transformer, reward_head, action_layers):
         if module is not None:
             module.eval()
     held = Published(
@@ -210,7 +244,7 @@ def load_parts(
         transformer_dtypes=weights.dtypes,
         recipe=(folder / RECIPE).read_text(encoding="utf-8") if (folder / RECIPE).is_file() else None,
     )
-    return Parts(tokenizer, transformer, reward_head, extras, held)
+    return Parts(tokenizer, transformer, reward_head, extras, held, action_layers)
 
 
 def save_parts(folder: str | Path, parts: Parts, dtype: torch.dtype | str | None = None) -> Path:
@@ -254,9 +288,14 @@ def save_parts(folder: str | Path, parts: Parts, dtype: torch.dtype | str | None
         if old.recipe is not None:
             (staging / RECIPE).write_text(old.recipe, encoding="utf-8")
         (staging / SIDE_FILE).write_text(side_text, encoding="utf-8")
-    for name, content in ((GENERATION_CONFIG, old.generation_config), (RECIPE, old.recipe)):
+        if parts.action_layers is not None:
+            write_action_layers(parts.action_layers, staging / ACTION_SPACES)
+    optional = ((GENERATION_CONFIG, old.generation_config), (RECIPE, old.recipe), (ACTION_SPACES, parts.action_layers))
+    for name, content in optional:
         if content is None:
             (folder / name).unlink(missing_ok=True)  # of the model that was here before
+    for name in ADAPTER_FILES:
+        (folder / name).unlink(missing_ok=True)
     return folder
 
 
@@ -320,6 +359,11 @@ def _renew_action_layer(transformer: Transformer, action_dim: int, folder: Path)
         ActionLayerWarning,
         stacklevel=4,  # where from_pretrained is called
     )
+
+
+def _without_action_statistics(extras: dict[str, Any]) -> dict[str, Any]:
+    """``extras`` of a model whose action layer is another one now."""
+    return {name: value for name, value in extras.items() if name not in ("action_mean", "action_std")}
 
 
 def _extras_to_write(parts: Parts) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from typing import Any
 
 import yaml
 
+from ivideogpt.zoo.adapter import save_for_hub
 from ivideogpt.zoo.card import CARD, MARKER, ROLLOUT, check_card, variant_card
 from ivideogpt.zoo.card_results import read_card_results
-from ivideogpt.zoo.checkpoint import FILES, RECIPE, Parts, save_parts
+from ivideogpt.zoo.checkpoint import FILES, RECIPE, Parts
 from ivideogpt.zoo.privacy import check_nothing_private, without_paths_in
 from ivideogpt.zoo.published import read_json
 from ivideogpt.zoo.remote import patiently
@@ -92,7 +93,7 @@ def push_parts(
     """Uploads ``parts`` as one commit; a push of what is there already does nothing, an interrupted one goes on.
 
     Args:
-        parts: the world model.
+        parts: the world model; where it was loaded from an adapter, the adapter alone goes there.
         repo_id: ``user/name``; made if it does not exist.
         evidence: what is published beside the weights.
         private: visibility of a repository that is made now; None for the account's default.
@@ -141,7 +142,7 @@ def prepare(
         ValueError: if something may not be published, naming it.
     """
     parts = _public(parts)
-    save_parts(folder, parts)
+    save_for_hub(folder, parts)
     results = []
     for name, source in sorted(evidence.results.items()):
         target = folder / RESULTS / f"{name}.json"

@@ -13,12 +13,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from ivideogpt.zoo.action_spaces import ACTION_SPACES
+from ivideogpt.zoo.adapter import check_reachable, is_adapter, read_config
 from ivideogpt.zoo.card import CARD, check_card
-from ivideogpt.zoo.checkpoint import FILES, RECIPE, TOKENIZER_WEIGHTS, TRANSFORMER_WEIGHTS, describe
+from ivideogpt.zoo.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    ADAPTER_LAYERS,
+    ADAPTER_WEIGHTS,
+    FILES,
+    RECIPE,
+    TOKENIZER_WEIGHTS,
+    TRANSFORMER_WEIGHTS,
+    describe,
+)
+from ivideogpt.zoo.side_file import SIDE_FILE, read_side_file
 from ivideogpt.zoo.tensors import LARGEST_HEADER, PICKLE_SUFFIXES, Header, header_length, listed, parse_header
 
 WEIGHTS = (TOKENIZER_WEIGHTS, TRANSFORMER_WEIGHTS)
+_LARGEST_ADAPTER = 2**32  # bytes; one of rank 1024 for the medium model has 1.4e9
 LARGEST_SMALL_FILE = 2**20  # bytes of a configuration, recipe or card; the published ones have some thousand
+LARGEST_ACTION_SPACES = 2**26
 _MOST_FILES = 10_000
 _LONGEST_WAIT = 60.0  # seconds; a Hub that asks for more patience is told of instead
 _BUSY = (429, 500, 502, 503, 504)
@@ -61,14 +76,16 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
             folder = snapshot((*FILES, CARD), revision, local_files_only=True)
         except Exception:
             raise error from None
-        if all((folder / file).is_file() for file in FILES[:4]):
+        if is_adapter(folder) or all((folder / file).is_file() for file in FILES[:4]):
             return folder
         raise
     _check_names(repo_id, sizes)
+    if ADAPTER_CONFIG in sizes:
+        return _fetch_adapter(repo_id, revision, sizes, snapshot)
     missing = [file for file in FILES[:4] if file not in sizes]
     if missing:
         raise IncompleteRepositoryError(_why_incomplete(repo_id, missing, list(sizes)))
-    small = tuple(file for file in (*FILES, CARD) if file not in WEIGHTS)
+    small = tuple(file for file in (*FILES, CARD) if file not in (*WEIGHTS, *ADAPTER_FILES))
     for file in small:
         _check_small(repo_id, file, sizes)
     folder = patiently(lambda: snapshot(small, revision), tries=2)  # it has patience of its own
@@ -79,6 +96,29 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
         _refusing(repo_id, lambda: describe(folder, headers))
         _check_room(repo_id, sum(sizes[file] for file in WEIGHTS))
     patiently(lambda: snapshot(WEIGHTS, folder.name), tries=2)
+    return folder
+
+
+def _fetch_adapter(repo_id: str, revision: str | None, sizes: Mapping[str, int], snapshot: Callable[..., Path]) -> Path:
+    """Snapshot folder of a LoRA adapter; its base is fetched when it is loaded, and compared with it then."""
+    weights = tuple(file for file in (ADAPTER_WEIGHTS, ADAPTER_LAYERS) if file in sizes)
+    missing = [file for file in (SIDE_FILE, ADAPTER_WEIGHTS) if file not in sizes]
+    if missing:
+        raise IncompleteRepositoryError(_why_incomplete(repo_id, missing, list(sizes)))
+    small = (ADAPTER_CONFIG, SIDE_FILE, RECIPE, CARD)
+    for file in small:
+        _check_small(repo_id, file, sizes)
+    folder: Path = patiently(lambda: snapshot(small, revision), tries=2)
+    _refusing(repo_id, lambda: read_config(folder / ADAPTER_CONFIG))
+    base = _refusing(repo_id, lambda: read_side_file(folder)).get("adapter_base")
+    _refusing(repo_id, lambda: check_reachable(base))
+    if not all((folder / file).is_file() for file in weights):
+        for file in weights:
+            if sizes[file] > _LARGEST_ADAPTER:
+                raise RefusedRepositoryError(f"{file} of the Hub repository {repo_id!r} has {sizes[file]:,} bytes")
+            _remote_header(repo_id, file, folder.name, sizes[file], folder / file)
+        _check_room(repo_id, sum(sizes[file] for file in weights))
+    patiently(lambda: snapshot(weights, folder.name), tries=2)
     return folder
 
 
@@ -166,10 +206,11 @@ def _check_names(repo_id: str, sizes: Mapping[str, int]) -> None:
 
 
 def _check_small(repo_id: str, file: str, sizes: Mapping[str, int]) -> None:
-    if sizes.get(file, 0) > LARGEST_SMALL_FILE:
+    largest = LARGEST_ACTION_SPACES if file == ACTION_SPACES else LARGEST_SMALL_FILE
+    if sizes.get(file, 0) > largest:
         raise RefusedRepositoryError(
             f"{file} of the Hub repository {repo_id!r} has {sizes[file]:,} bytes, which no such file needs (at most "
-            f"{LARGEST_SMALL_FILE:,}); it was not fetched"
+            f"{largest:,}); it was not fetched"
         )
 
 

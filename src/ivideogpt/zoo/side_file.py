@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from ivideogpt.zoo.published import check_known, read_json
 
 SIDE_FILE = "ivideogpt.json"
 FORMAT = 1
+_MODEL = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)  # a zoo name or a Hub id, never a path
+_REVISION = re.compile(r"[A-Za-z0-9_][\w./-]*", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 KNOWN = {
     "format": "version of this file's format",
@@ -28,6 +32,7 @@ KNOWN = {
     "recipe": "name of the recipe that trained the weights; its resolved text is recipe.yaml",
     "training": "how they were trained: data, updates, seed (object)",
     "base_model": "zoo name or Hub id of the model that training started from",
+    "adapter_base": "of an adapter: its base as model and revision, or folder; sha256; context_length if shortened",
     "notes": "anything else (object)",
 }
 
@@ -82,6 +87,8 @@ def check_extras(extras: dict[str, Any], where: object, action_dim: int | None =
     dropout = extras.get("tokenizer_attention_dropout", 0.0)
     if not _is_finite(dropout) or not 0 <= dropout < 1:
         raise ValueError(f"{where}: tokenizer_attention_dropout must be in [0, 1), got {dropout!r}")
+    if "adapter_base" in extras:
+        _check_adapter_base(extras["adapter_base"], f"{where}: adapter_base")
     if ("action_mean" in extras) != ("action_std" in extras):
         raise ValueError(f"{where}: action_mean and action_std belong together, got only one of them")
     if "action_mean" not in extras:
@@ -94,6 +101,23 @@ def check_extras(extras: dict[str, Any], where: object, action_dim: int | None =
             raise ValueError(f"{where}: {name} has {len(values)} values for actions of size {action_dim}")
     if len(extras["action_std"]) != len(extras["action_mean"]) or min(extras["action_std"], default=1.0) <= 0:
         raise ValueError(f"{where}: action_std must be as many positive numbers, got {extras['action_std']!r}")
+
+
+def _check_adapter_base(base: Any, where: str) -> None:
+    if not isinstance(base, dict):
+        raise ValueError(f"{where} must be an object, got {base!r}")
+    check_known(base, ("model", "revision", "folder", "sha256", "context_length"), where, base)
+    if ("model" in base) == ("folder" in base) or ("folder" in base and "revision" in base):
+        raise ValueError(f"{where} must have a model, with a revision or without, or a folder, got {sorted(base)}")
+    if not isinstance(base.get("folder", "."), str) or "\0" in base.get("folder", "."):
+        raise ValueError(f"{where}: folder must be a path, got {base['folder']!r}")
+    for name, pattern in (("model", _MODEL), ("revision", _REVISION), ("sha256", _SHA256)):
+        value = base.get(name)
+        if (value is not None or name == "sha256") and not (isinstance(value, str) and pattern.fullmatch(value)):
+            raise ValueError(f"{where}: {name} {value!r} cannot be one")
+    length = base.get("context_length", 1)
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        raise ValueError(f"{where}: context_length must be 1 or more, got {length!r}")
 
 
 def _is_finite(value: object) -> bool:

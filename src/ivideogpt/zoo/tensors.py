@@ -224,7 +224,10 @@ def write_tensors(
         for name, tensor in tensors.items()
     }
     try:
+        path.touch()
+        mode = path.stat().st_mode
         save_file(converted, path, metadata={"format": "pt"})
+        path.chmod(mode)  # safetensors lets nobody but the owner read
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
     return {name: tensor.dtype for name, tensor in converted.items()}

@@ -52,16 +52,22 @@ def _doctor(args: Namespace) -> int:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     train, held_out = args.shards, args.against
+    for name in ("json", "page"):
+        target = getattr(args, name)
+        if target is not None and not Path(target).absolute().parent.is_dir():
+            raise ValueError(f"--{name} {target}: there is no folder {Path(target).parent}")
     parts = [Path(args.shards) / part for part in ("train", "heldout")]
-    if held_out is None and all((part / "manifest.json").is_file() for part in parts):
+    own = (Path(args.shards) / "manifest.json").is_file()
+    if held_out is None and not own and all((part / "manifest.json").is_file() for part in parts):
         train, held_out = map(str, parts)
     with warnings.catch_warnings(), episode_progress("looking") as progress:
         warnings.simplefilter("ignore")  # episodes that cannot be read are findings
         shards = ShardSet(train, policy="skip")
+        others_shards = None if held_out is None else ShardSet(held_out, policy="skip")
         readings, findings = read_set(shards, args.max_episodes, progress)
         findings += check(readings, args.segment_length, args.stride)
-        if held_out is not None:
-            others, bad = read_set(ShardSet(held_out, policy="skip"), None, progress)
+        if others_shards is not None:
+            others, bad = read_set(others_shards, None, progress)
             findings += bad + check_leaks(readings, others)
     findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
     looked = f"{len(readings)} of {len(shards)} episodes" if args.max_episodes else f"{len(readings)} episodes"

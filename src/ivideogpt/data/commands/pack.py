@@ -136,24 +136,30 @@ def _pack(args: Namespace) -> int:
 
 def _tell(report: PackReport) -> None:
     """What was packed and what was left out, in the last line and the lines above it."""
+    from ivideogpt.data.opening import load_index, load_manifest
     from ivideogpt.data.packing import QUARANTINE
 
     if report.quarantine:
         _tell_reasons(report)
     files = ", ".join(str(folder / QUARANTINE) for folder in report.folders if (folder / QUARANTINE).is_file())
-    bad = f", {len(report.quarantine)} bad ones in {files}" if files else ""
+    bad = f", {report.bad} bad ones in {files}" if files else ""
     folders = ", ".join(map(str, report.folders))
     if report.missing:
         print(
             f"this part is done; {report.missing} units of other parts are not there yet, and the part that ends last "
             f"makes the set. The same command without --part converts what is missing. ({report.episodes} episodes "
-            f"so far, {len(report.quarantine)} bad ones)"
+            f"so far, {report.bad} bad ones)"
         )
     elif report.found:
         print(f"nothing to do: {folders} holds these {report.episodes} episodes ({report.frames} frames) already{bad}")
     else:
         before = f" ({report.resumed} of them before)" if report.resumed else ""
         print(f"packed {report.episodes} episodes{before} ({report.frames} frames){bad}: {folders}")
+        if all((load_index(folder, load_manifest(folder))["fps"] == 1.0).all() for folder in report.folders):
+            text = (
+                "1 frame a second is noted for all episodes, as recordings that do not say it get: --fps tells the rate"
+            )
+            print(f"{text} (the doctor, `stride: null` and the export go by it)", file=sys.stderr)
 
 
 def _tell_reasons(report: PackReport) -> None:
@@ -162,13 +168,13 @@ def _tell_reasons(report: PackReport) -> None:
     from rich.table import Table
 
     counts: Counter[str] = Counter()
-    examples: dict[str, dict[str, str]] = {}
+    examples: dict[str, dict[str, Any]] = {}
     for line in report.quarantine:
         # reasons that differ in names and numbers alone are one
         kind = re.sub(r"\d+", "N", re.sub(r"\S*/\S*", "", line["reason"]))
-        counts[kind] += 1
+        counts[kind] += line.get("episodes", 1)
         examples.setdefault(kind, line)
-    table = Table("bad", "kind", "such as", "reason", title=f"{len(report.quarantine)} bad episodes left out")
+    table = Table("bad", "kind", "such as", "reason", title=f"{report.bad} bad episodes left out")
     for kind, count in counts.most_common(SHOWN):
         line = examples[kind]
         table.add_row(str(count), line["kind"], line["key"], line["reason"])

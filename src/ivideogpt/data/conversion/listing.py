@@ -16,9 +16,10 @@ from typing import Any
 
 from ivideogpt.data.codec import decode_episode
 from ivideogpt.data.episode import Episode
+from ivideogpt.data.file_cache import is_url
 from ivideogpt.data.formats import FORMATS, choose_views, guess_format, list_jobs
-from ivideogpt.data.manifest import MANIFEST
-from ivideogpt.data.reader import EMBEDDED, ShardError, ShardSet, refuse_commands, resolve_source
+from ivideogpt.data.manifest import MANIFEST, file_sha256
+from ivideogpt.data.reader import EMBEDDED, ShardError, ShardSet, refuse_commands
 from ivideogpt.data.shards import KEY_PATTERN, MEMBER_SUFFIX
 from ivideogpt.data.sources.frames import Job, failing, files_of, stamp
 from ivideogpt.data.sources.tfrecord import RecordJobs
@@ -178,6 +179,8 @@ def is_set_or_stream(source: str, allow: Sequence[str] = ()) -> bool:
 
 
 def _is_set(source: str) -> bool:
+    if is_url(source):  # of a set, or of one tar
+        return not source.endswith(".tar")
     path = Path(source)
     return source.partition(":")[0] == EMBEDDED or path.name == MANIFEST or (path / MANIFEST).is_file()
 
@@ -192,10 +195,11 @@ def _of_set(source: str) -> Listing:
               sum(sizes[first : first + PIECE_EPISODES]))
         for first in range(0, len(jobs), PIECE_EPISODES)
     ]  # fmt: skip
-    folder = resolve_source(source)
-    files, digest = _digest(
-        [folder / MANIFEST, *(folder / shard["name"] for shard in shards.manifest["shards"])], folder
-    )
+    folder = shards.folder
+    names = [] if is_url(source) else [shard["name"] for shard in shards.manifest["shards"]]
+    files, digest = _digest([folder / name for name in (MANIFEST, *names)], folder)
+    if is_url(source):  # the copy of the manifest is of today, whatever the set's age
+        digest = file_sha256(folder / MANIFEST)
     recordings = shards.recordings()
     known = max(recordings) + 1
     recordings += range(known, known + len(shards.skipped))
@@ -227,8 +231,13 @@ def _of_stream(url: str) -> Iterator[Job]:
     try:
         with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
-                file = tar.extractfile(member)
-                if file is None or not member.name.endswith(MEMBER_SUFFIX):
+                if not member.name.endswith(MEMBER_SUFFIX):
+                    continue
+                file = tar.extractfile(member) if member.isfile() else None
+                if file is None:
+                    count += 1
+                    reason = f"{url}: {member.name!r} is a link or a folder, not a file"
+                    yield f"member {count}", partial(failing, reason)
                     continue
                 key, data = member.name.removesuffix(MEMBER_SUFFIX), file.read()
                 count += 1

@@ -130,6 +130,10 @@ class Staging:
         with locked(self.folder / "commit.lock"):
             if not (self.folder / "plan.json").exists():
                 return False
+            for part, folder in enumerate(self.folders):
+                rows = [self.row(unit) for unit in self.plan.units if unit.part == part]
+                if not any(row is not None and row.episodes for row in rows):
+                    raise ValueError(f"no episode is left for {folder}, as all of them are bad; no set was made")
             conversion = {"conversion": {"digest": self.plan.digest} | self.plan.facts}
             for part, folder in enumerate(self.folders):
                 staged = []

@@ -39,12 +39,12 @@ class Row:
     Args:
         episodes: Episodes that were written.
         frames: Their frames.
-        quarantine: Key, reason and kind of what was left out.
+        quarantine: Key, reason and kind of what was left out; `episodes` where a line stands for several.
     """
 
     episodes: int
     frames: int
-    quarantine: list[dict[str, str]]
+    quarantine: list[dict[str, Any]]
 
 
 def row_file(folder: Path, number: int) -> Path:
@@ -79,7 +79,7 @@ def convert_unit(
         ImportError: A package is missing that the format needs.
     """
     rows: list[ShardRow] = []
-    quarantine: list[dict[str, str]] = []
+    quarantine: list[dict[str, Any]] = []
     writer: ShardWriter | None = None
     stamps: dict[Path, tuple[int, int]] = {}
     index = 0
@@ -96,7 +96,9 @@ def convert_unit(
                 if settings.strict:
                     raise error if isinstance(error, ValueError) else BadEpisodeError(f"{key}: {error}") from error
                 reason = str(error) or type(error).__name__
-                quarantine.append({"key": key, "reason": reason, "kind": type(error).__name__})
+                line: dict[str, Any] = {"key": key, "reason": reason, "kind": type(error).__name__}
+                episodes = getattr(error, "episodes", 1)
+                quarantine.append(line | ({"episodes": episodes} if episodes > 1 else {}))
                 continue
             with Writing(folder):
                 if writer is None:

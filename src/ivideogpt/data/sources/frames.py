@@ -38,9 +38,17 @@ def natural(name: str | Path) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part]
 
 
-def failing(message: str) -> Episode:
-    """Raises the message: the job of an episode that is known to be bad before it is read."""
-    raise ValueError(message)
+class MissingEpisodesError(ValueError):
+    """Episodes that are not where they should be; `episodes` is their number, as far as it is known."""
+
+    def __init__(self, message: str, episodes: int) -> None:
+        super().__init__(message)
+        self.episodes = episodes
+
+
+def failing(message: str, episodes: int = 1) -> Episode:
+    """Raises the message: the job of an episode, or of several, known to be bad before it is read."""
+    raise MissingEpisodesError(message, episodes)
 
 
 def files_of(read: Callable[..., Any]) -> Iterator[Path]:

@@ -252,6 +252,12 @@ def _read(file: Any, group: Any, options: Hdf5Options, episode: str, splits: tup
     rewards = arrays.get("rewards")
     if follows and rewards is not None and len(rewards) == len(video):
         metadata["reward_after_last_frame"] = float(np.asarray(rewards[-1]).reshape(-1)[0])
+        last = float(metadata["reward_after_last_frame"])
+        if last and not np.asarray(rewards[:-1]).any():  # a success that is noted once, at the end, is not to be lost
+            arrays["rewards"] = np.concatenate([np.zeros(len(video) - 1), [last]]).astype(np.float32)
+            metadata["reward_rule"] = (
+                "the one reward of the recording, which follows its last action, is at the last frame"
+            )
     if "dones" in arrays:
         arrays["dones"] = _dones(arrays["dones"], len(video), follows)
     environment = _environment(file)
@@ -260,7 +266,7 @@ def _read(file: Any, group: Any, options: Hdf5Options, episode: str, splits: tup
     rate = kwargs.get("control_freq") if isinstance(kwargs, dict) else None
     plain = NpzOptions(
         video_key="video",
-        reward_follows_action=follows,
+        reward_follows_action=follows and "reward_rule" not in metadata,
         fps=options.fps if options.fps is not None else (rate or 1.0),
         camera=options.camera or key,
         source=options.source or "hdf5",

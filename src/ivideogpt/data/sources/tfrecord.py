@@ -210,9 +210,9 @@ def record_jobs(
                 count += 1
             if expected is not None and count != expected:
                 reason = f"{path} holds {count} records, but {expected} are said to be there"
-                yield f"{prefix}-count", partial(failing, reason)
+                yield f"{prefix}-count", partial(failing, reason, max(expected - count, 1))
         except (ValueError, OSError) as error:
-            yield f"{prefix}-rest-after-{count}", partial(failing, str(error))
+            yield f"{prefix}-rest-after-{count}", partial(failing, str(error), max((expected or 0) - count, 1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,21 @@ from ivideogpt.data.episode import Episode
 from ivideogpt.data.sources.frames import SIDE_SUFFIXES, Job, decode_image, decode_video, natural, stack_frames
 from ivideogpt.data.sources.npz import NpzOptions, episode_from_arrays
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".gif")
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".avi",
+    ".webm",
+    ".gif",
+    ".mkv",
+    ".mov",
+    ".m4v",
+    ".mpg",
+    ".mpeg",
+    ".wmv",
+    ".flv",
+    ".ogv",
+    ".ts",
+)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 COLUMNS = ("reward", "rewards", "termination", "terminations", "done", "dones")
 UCF_NAME = re.compile(r"v_\w+_g(\d+)_c(\d+)$")  # v_<class>_g<group>_c<clip>: clips of a group share a scene
@@ -67,7 +81,7 @@ def video_jobs(source: str | Path, options: VideoOptions | None = None) -> list[
         raise ValueError(f"{source} holds no video ({', '.join(VIDEO_SUFFIXES)}) and no folder of .png or .jpg files")
     jobs: list[Job] = []
     for path in found:
-        inside = path.relative_to(source)
+        inside = path.relative_to(source if source.is_dir() else source.parent)
         name = inside.with_suffix("") if path.is_file() else inside
         name_text = name.as_posix() if name.name else path.stem
         label = inside.parent.name if options.labels else ""

@@ -1,0 +1,60 @@
+"""FrozenTokenizer: the ids of clips by a tokenizer that is not trained, in the precision that the task asks for."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ivideogpt.models.compiling import compiled
+from ivideogpt.models.tokenizer import CompressiveTokenizer
+
+TokenizerPrecision = Literal["trainer", "bfloat16"]
+
+
+class FrozenTokenizer:
+    """Tokenizes clips without gradients. It is no ``nn.Module``: what it copies is in no checkpoint and never saved.
+
+    Args:
+        tokenizer: frozen; its weights stay as they are.
+        precision: ``"trainer"`` computes with the weights themselves, under whatever autocast is on; ``"bfloat16"``
+            with a copy of the encoders in bfloat16, which is cast once and not at each use, as autocast does with
+            weights of a frozen module. The codebooks and the distances to them stay float32 in both.
+        compile: compiles the encoders (``torch.compile``).
+    """
+
+    def __init__(
+        self,
+        tokenizer: CompressiveTokenizer,
+        precision: TokenizerPrecision = "trainer",
+        compile: bool = False,  # noqa: A002
+    ) -> None:
+        if precision not in get_args(TokenizerPrecision):
+            raise ValueError(f"tokenizer_precision must be one of {get_args(TokenizerPrecision)}, got {precision!r}")
+        self.precision, self.compiles = precision, compile
+        self._tokenizer = tokenizer.to(memory_format=torch.channels_last)  # strides alone: the weights are the same
+        self._encoders: CompressiveTokenizer | None = None
+
+    @torch.no_grad()
+    def __call__(self, video: Tensor) -> Tensor:
+        """Tokens (B, L) of ``video`` (B, T, C, H, W) in [0, 1]."""
+        encode = compiled(CompressiveTokenizer.encode) if self.compiles else CompressiveTokenizer.encode
+        if self.precision == "trainer":
+            return encode(self._tokenizer, video)
+        if self._encoders is None or self._encoders.quantize.embedding.weight.device != video.device:
+            self._encoders = _bfloat16_encoders(self._tokenizer).to(video.device)
+        with torch.autocast(video.device.type, enabled=False):
+            return encode(self._encoders, video.to(torch.bfloat16))
+
+
+def _bfloat16_encoders(tokenizer: CompressiveTokenizer) -> CompressiveTokenizer:
+    """A copy that encodes in bfloat16 and has no decoders."""
+    encoders = copy.copy(tokenizer)
+    encoders._modules = dict(tokenizer._modules)
+    encoders.decoder = encoders.cond_decoder = nn.Identity()  # type: ignore[assignment]
+    encoders = copy.deepcopy(encoders).to(torch.bfloat16)
+    for name in ("quantize", "dynamics_quantize"):
+        setattr(encoders, name, copy.deepcopy(getattr(tokenizer, name)).float())
+    return encoders.eval()

@@ -1,0 +1,105 @@
+"""The benchmark of training: it runs, sees other work, and what README says of its results is what they hold."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # the folder that holds the package `benchmarks`, which is not installed
+    sys.path.insert(0, str(ROOT))
+benchmark = importlib.import_module("benchmarks.train")
+sides_of = importlib.import_module("benchmarks.train_sides")
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def check_record(record: dict[str, Any]) -> None:
+    assert (record["benchmark"], record["version"]) == ("train", 1)
+    assert all(0.9 < share <= 1.0 for share in record["equal_ids"].values())
+    for name, result in record["cases"].items():
+        case, settings = result["case"], result["settings"]
+        assert name == f"{case} {settings['batch_size']} x {settings['frames']}"
+        base = result["sides"]["original"]
+        for side, values in result["sides"].items():
+            raw = [second for block in values["seconds"] for second in block]
+            assert len(raw) == settings["updates"] * settings["repeats"] == values["stats"]["count"]
+            assert values["updates_per_second"] == pytest.approx(1 / values["stats"]["median"])
+            ratio = result["ratios"][side]
+            assert ratio["speed"] == pytest.approx(base["stats"]["median"] / values["stats"]["median"])
+            if values["peak_bytes"]:
+                assert ratio["memory"] == pytest.approx(values["peak_bytes"] / base["peak_bytes"])
+        for target in result["targets"]:
+            measured, wanted = target["measured"], target["wanted"]
+            assert target["reached"] is (measured <= wanted if target["target"] == "memory" else measured >= wanted)
+        if case != "tokenizer":
+            assert all(value < 1e-3 for value in result["checks"]["relative_differences"].values())
+
+
+def test_a_transformer(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    words = ["--cases", "nano", "--batch-size", "1", "--frames", "4", "--updates", "1", "--repeats", "1"]
+    assert benchmark.main([*words, "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    check_record(record)
+    (result,) = record["cases"].values()
+    assert {"original", "+ fused AdamW", "+ bf16-mixed", "ours, from tokens"} <= result["sides"].keys()
+    assert result["targets"] == []  # the targets are about the published sizes
+    assert set(result["checks"]["relative_differences"]) == {"loss", "gradients"}
+
+
+def test_a_tokenizer_goes_beside_it(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    out.write_text(json.dumps({"benchmark": "train", "version": 1, "cases": {"kept": 1}}))
+    words = ["--cases", "tokenizer", "--tokenizer", "nano", "--frames", "3", "--updates", "1", "--repeats", "1"]
+    assert benchmark.main([*words, "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["cases"].pop("kept") == 1
+    check_record(record)
+    (result,) = record["cases"].values()
+    assert {target["target"] for target in result["targets"]} == {"tokenizer", "memory"}
+
+
+def test_other_work_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    wm = sides_of.build_world_model("nano", 0.0, torch.device("cpu"))
+    video = torch.rand(1, 4, 3, 64, 64)
+    assert sides_of.check_same_work(wm, video, gradients=True)["gradients"] < 1e-3
+    build = sides_of.llama_of
+
+    def perturbed(wm: Any) -> Any:
+        llama = build(wm)
+        llama.model.norm.weight = torch.nn.Parameter(llama.model.norm.weight * 1.5)
+        return llama
+
+    monkeypatch.setattr(sides_of, "llama_of", perturbed)
+    with pytest.raises(sides_of.DifferentWorkError, match="original and ours differ"):
+        sides_of.check_same_work(wm, video, gradients=False)
+
+
+def test_arithmetic_counts_the_head_where_there_are_labels() -> None:
+    wm = sides_of.build_world_model("nano", 0.0, torch.device("cpu"))
+    length = wm.layout.sequence_length(4)
+    labelled = length - (wm.layout.prompt_length - 1)
+    head, layers = wm.transformer.lm_head.weight.numel(), wm.transformer.layers
+    matrices = sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2)
+    config = wm.transformer.config
+    attention = 6 * config.num_layers * config.embed_dim * length**2
+    expected = 3 * (6 * (matrices * length + head * labelled) + attention)
+    assert sides_of.transformer_flops(wm, (3, length)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("train-*.json")), ids=lambda path: path.name)
+def test_the_results_are_whole_and_what_readme_says(path: Path) -> None:
+    record = json.loads(path.read_text())
+    check_record(record)
+    assert str(ROOT) not in path.read_text()
+    readme = (ROOT / "benchmarks" / "README.md").read_text().splitlines()
+    assert len(record["cases"]) >= 3
+    for result in record["cases"].values():
+        for row in benchmark.markdown(result):
+            assert row in readme

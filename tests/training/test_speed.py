@@ -1,0 +1,180 @@
+"""What makes training fast changes nothing else: compiled blocks, one-kernel AdamW, formats, what is computed again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ivideogpt import from_pretrained
+from ivideogpt.models.autoencoder import ResidualBlock
+from ivideogpt.models.tokenizer import CompressiveTokenizer
+from ivideogpt.training import TokenizerModule, TransformerModule
+from ivideogpt.training.frozen_tokenizer import FrozenTokenizer
+from ivideogpt.training.optim import adamw
+
+
+def video(frames: int = 5, size: int = 32) -> Tensor:
+    return torch.rand(2, frames, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The loss and the gradients of all parameters that have one."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    value = loss()
+    value.backward()
+    return value.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def test_adamw_is_one_kernel_and_makes_the_same_updates(tiny_world_model) -> None:
+    first, second = tiny_world_model(action_dim=3), tiny_world_model(action_dim=3)
+    second.load_state_dict(first.state_dict())
+    fused = adamw([first.transformer], 1e-2, 0.01, (0.9, 0.999))
+    assert fused.defaults["fused"] is True
+    plain = adamw([second.transformer], 1e-2, 0.01, (0.9, 0.999))
+    for group in plain.param_groups:
+        group["fused"] = False
+    for _ in range(4):
+        for one, other in zip(first.transformer.parameters(), second.transformer.parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        fused.step()
+        plain.step()
+    for one, other in zip(first.transformer.parameters(), second.transformer.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_norms_are_computed_again_and_convolutions_are_not(tiny_world_model) -> None:
+    tokenizer: CompressiveTokenizer = tiny_world_model().tokenizer.train()
+    clip = video()
+
+    def loss() -> Tensor:
+        output = tokenizer(clip[:, :2], clip[:, 2:])
+        return output.future_reconstruction.square().mean() + output.context_reconstruction.square().mean()
+
+    block = next(module for module in tokenizer.modules() if isinstance(module, ResidualBlock))
+    calls: list[str] = []
+    block.norm1.register_forward_hook(lambda *_: calls.append("norm"))
+    block.conv1.register_forward_hook(lambda *_: calls.append("convolution"))
+    kept, expected = gradients(tokenizer, loss)
+    assert calls == ["norm", "convolution"]
+    calls.clear()
+    tokenizer.save_memory()
+    value, found = gradients(tokenizer, loss)
+    assert calls == ["norm", "convolution", "norm"]  # the second convolution stops before it computes
+    assert torch.equal(value, kept)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    tokenizer.save_memory(False)
+    calls.clear()
+    gradients(tokenizer, loss)
+    assert calls == ["norm", "convolution"]
+
+
+def test_a_trained_tokenizer_is_channels_last_and_its_state_the_same(tiny_world_model, data, trainer) -> None:
+    tokenizer = tiny_world_model().tokenizer
+    names = list(tokenizer.state_dict())
+    module = TokenizerModule(tokenizer, perceptual_weight=0.0)
+    trainer(max_steps=1).fit(module, datamodule=data(use_actions=False, use_rewards=False))
+    weight = tokenizer.encoder.down_blocks[0].resnets[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    assert list(tokenizer.state_dict()) == names
+
+
+def test_a_frozen_tokenizer_in_bfloat16_gives_nearly_the_same_ids_and_stays_as_it_is() -> None:
+    wm = from_pretrained("ivideogpt-metaworld-nano")
+    from ivideogpt.data import ShardSet
+
+    episode = ShardSet("embedded:heldout").episode(0)
+    assert episode is not None
+    clip = torch.from_numpy(episode.video[:8].copy()).permute(0, 3, 1, 2)[None].float() / 255
+    with torch.no_grad():
+        expected = wm.tokenizer.encode(clip)
+    before = copy.deepcopy(wm.tokenizer.state_dict())
+    module = TransformerModule(wm.transformer, wm.tokenizer, tokenizer_precision="bfloat16")
+    names = list(module.state_dict())
+    found = module.tokenize({"video": clip})
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    share = (found == expected).float().mean()
+    assert 0.9 < share < 1.0  # of another precision indeed
+    assert list(module.state_dict()) == names  # the copy is in no checkpoint
+    assert all(torch.equal(value, before[name]) for name, value in wm.tokenizer.state_dict().items())
+    assert all(parameter.dtype == torch.float32 for parameter in wm.tokenizer.parameters())
+    exact = TransformerModule(wm.transformer, wm.tokenizer).tokenize({"video": clip})
+    assert (exact == expected).float().mean() > 0.999
+    with pytest.raises(ValueError, match="tokenizer_precision must be one of .* got 'float16'"):
+        FrozenTokenizer(wm.tokenizer, "float16")  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_under_the_same_names(tiny_world_model) -> None:
+    import torch._dynamo
+
+    model = tiny_world_model(action_dim=3, reward=True)
+    clip = video()
+    with torch.no_grad():
+        tokens = model.tokenizer.encode(clip)
+    batch: dict[str, Any] = {
+        "video": clip,
+        "tokens": tokens,
+        "actions": torch.rand(2, 5, 3),
+        "rewards": torch.rand(2, 5),
+    }
+    eager = TransformerModule(model.transformer, model.tokenizer, model.reward_head)
+    names = list(eager.state_dict())
+
+    def loss(module: TransformerModule) -> Tensor:
+        return module.losses(module.predict_clip(batch), batch)["loss"]
+
+    value, expected = gradients(eager, lambda: loss(eager))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    module = TransformerModule(model.transformer, model.tokenizer, model.reward_head, compile=True)
+    assert list(module.state_dict()) == names
+    compiled, found = gradients(module, lambda: loss(module))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # all blocks are compiled once
+    torch.testing.assert_close(compiled, value, rtol=1e-5, atol=1e-6)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+    copied = copy.deepcopy(module)  # as averaged weights are
+    with torch.no_grad():
+        for parameter in copied.transformer.parameters():
+            parameter.zero_()
+    changed, _ = gradients(copied, lambda: loss(copied))
+    assert not torch.allclose(changed, compiled)
+    again, _ = gradients(module, lambda: loss(module))
+    torch.testing.assert_close(again, compiled)
+    module.imagine(batch)  # rollouts are not compiled
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_tokenizer_computes_the_same(tiny_world_model, data, trainer) -> None:
+    tokenizer = tiny_world_model().tokenizer
+    names, clip = list(tokenizer.state_dict()), video(4)
+    for block in tokenizer.modules():  # random numbers come in another order from a compiled graph
+        if hasattr(block, "dropout"):
+            block.dropout = 0.0
+        if isinstance(block, nn.Dropout):
+            block.p = 0.0
+
+    def loss(module: TokenizerModule) -> Tensor:
+        context, future = module.split(clip)
+        return module.losses(module.tokenizer(context, future), context, future)["loss"]
+
+    eager = TokenizerModule(tokenizer, perceptual_weight=0.0)
+    value, expected = gradients(eager, lambda: loss(eager))
+    module = TokenizerModule(tokenizer, perceptual_weight=0.0, compile=True)
+    compiled, found = gradients(module, lambda: loss(module))
+    torch.testing.assert_close(compiled, value, rtol=1e-4, atol=1e-5)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-5)
+    assert list(tokenizer.state_dict()) == names
+    run = trainer(max_steps=2)
+    run.fit(module, datamodule=data(use_actions=False, use_rewards=False))
+    assert run.callback_metrics["val/psnr"] > 0
