@@ -242,7 +242,9 @@ def test_evaluate_writes_results_and_their_command(
     assert result["overall"]["clips"] == 6
     assert len(result["tasks"]) >= 2
     assert result["command"] == shlex.join(["ivideogpt", *words])
-    assert all(len(digest) == 64 for digest in result["data"]["shards"].values())
+    (shards,) = result["hashes"]["data"].values()
+    assert shards and all(len(digest) == 64 for digest in shards.values())
+    assert not (tmp_path / "results.json.journal").exists()
 
 
 def test_evaluate_refuses_a_folder_that_is_not_there(model: str, capsys: pytest.CaptureFixture[str]) -> None:

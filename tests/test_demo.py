@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from ivideogpt import cli
+from ivideogpt.charts import Series, line_chart, ticks
 from ivideogpt.data.reader import load_manifest, resolve_source
 from ivideogpt.data.verification import verify_set
-from ivideogpt.report import Example, Report, Row, Series, best, line_chart, render, ticks, write_report
+from ivideogpt.report import Example, Report, Row, best, render, write_report
 
 if TYPE_CHECKING:
     from ivideogpt.world_model import WorldModel

@@ -10,7 +10,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Each layer may import itself and what stands in a lower row.
 LAYERS = [
-    {"config", "layout", "drawing"},
+    {"config", "layout", "drawing", "charts"},
     {"models", "data"},
     {"metrics", "rollout", "zoo"},
     {"world_model"},

@@ -6,16 +6,15 @@ around and follows the reader's light or dark setting.
 
 from __future__ import annotations
 
-import base64
-import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ivideogpt.charts import Series, data_uri, line_chart
 from ivideogpt.drawing import gif_bytes, png_bytes
 
 
@@ -143,75 +142,3 @@ def _card(example: Example) -> dict[str, object]:
         "frames": len(example.truth),
         "rewards": chart,
     }
-
-
-def data_uri(content: bytes, kind: str) -> str:
-    """The content as something that an `src` attribute can hold."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-@dataclass(frozen=True)
-class Series:
-    """A line of a chart; `role` names its CSS class."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    role: str
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """Maps values linearly to pixels."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    ticks: tuple[float, ...] = field(default=())
-
-    def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-
-def line_chart(series: Sequence[Series], x_label: str, width: int = 420, height: int = 150) -> str:
-    """An SVG of lines over a light grid, with the points' values as tooltips."""
-    points = [point for one in series for point in one.points if all(math.isfinite(value) for value in point)]
-    if not points:
-        return ""
-    left, right, top, bottom = 44, 8, 8, 30
-    x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points), whole=True)
-    y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
-    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
-    x = _Scale(x_low, max(x_high, x_low + 1), left, width - right, x_ticks)
-    y = _Scale(y_ticks[0], y_ticks[-1], height - bottom, top, y_ticks)
-    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{x_label}">']
-    for value in y.ticks:
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 6}" y="{y(value) + 3.5:.1f}" text-anchor="end">{value:g}</text>')
-    for value in x.ticks:
-        if x.low <= value <= x.high:
-            parts.append(
-                f'<text class="tick" x="{x(value):.1f}" y="{height - 16}" text-anchor="middle">{value:g}</text>'
-            )
-    middle = (left + width - right) / 2
-    parts.append(f'<text class="label" x="{middle:.0f}" y="{height - 3}" text-anchor="middle">{x_label}</text>')
-    for one in series:
-        places = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in one.points if math.isfinite(a) and math.isfinite(b))
-        parts.append(f'<polyline class="line {one.role}" points="{places}"/>')
-        for a, b in one.points if len(one.points) <= 40 else ():
-            if math.isfinite(a) and math.isfinite(b):
-                title = f"<title>{one.name}, {x_label} {a:g}: {b:.3g}</title>"
-                parts.append(f'<circle class="dot {one.role}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.5">{title}</circle>')
-    return "".join([*parts, "</svg>"])
-
-
-def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> tuple[float, ...]:
-    """Round values around `low`..`high`, about `count` steps of 1, 2 or 5 times a power of ten apart."""
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
-    step = 10.0 ** math.floor(math.log10((high - low) / count))
-    step *= next(factor for factor in (1, 2, 5, 10) if step * factor * count >= high - low)
-    if whole:
-        step = max(1.0, round(step))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return tuple(round(index * step, 10) for index in range(first, last + 1))

@@ -1,9 +1,8 @@
-"""Evaluation: hand-made models with known scores, shuffled actions, rewards, a real model, files and the table."""
+"""Evaluation: hand-made models with known scores, shuffled actions, rewards, seeds, a real model, bad input."""
 
-import io
+from __future__ import annotations
+
 import json
-import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,221 +10,257 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from ivideogpt.metrics import psnr
-from ivideogpt.metrics.evaluation import evaluate_rollouts, format_table, pearson, task_of, write_results
+from ivideogpt import cli
+from ivideogpt.metrics import mse, psnr, ssim
+from ivideogpt.metrics.clips import ClipSet
+from ivideogpt.metrics.evaluation import evaluate
+from ivideogpt.metrics.judges import Judges, judges_for
+from ivideogpt.metrics.networks import random_network
+from ivideogpt.metrics.protocols import EvaluationProtocol
+from tests.metrics.conftest import CONTEXT, HORIZON, Integrator, MemoryClips
 
-CONTEXT, HORIZON, SIZE = 2, 3, 12
-
-
-class Integrator:
-    """A world whose frames are one grey level, the first number of all actions so far; predicted without error."""
-
-    def __init__(self, reward_head: bool = True, takes_actions: bool = True, noise: float = 0.0) -> None:
-        self.config = SimpleNamespace(context_length=CONTEXT, action_dim=1 if takes_actions else None)
-        self.reward_head = reward_head
-        self.noise = noise
-        self.calls: list[dict[str, Any]] = []
-
-    def rollout(self, context_frames: Tensor, actions: Tensor | None = None, **settings: Any) -> Any:
-        self.calls.append({"actions": actions, **settings})
-        samples = settings["num_samples"]
-        level = context_frames[:, -1].mean(dim=(1, 2, 3))  # (B,)
-        steps = torch.zeros(len(level), settings["horizon"]) if actions is None else actions[:, CONTEXT - 1 :, 0]
-        levels = (level[:, None] + steps.cumsum(1)).repeat_interleave(samples, dim=0)
-        levels = levels + self.noise * torch.randn(levels.shape, generator=settings["generator"])
-        future = levels[:, :, None, None, None].expand(-1, -1, 3, SIZE, SIZE)
-        video = torch.cat([context_frames.repeat_interleave(samples, dim=0), future], dim=1)
-        return SimpleNamespace(video=video, rewards=2.0 * levels + 1.0 if self.reward_head else None)
+Measured = Callable[..., dict[str, Any]]
 
 
-def world_clips(seed: int, tasks: list[str], frames: int = CONTEXT + HORIZON) -> dict[str, Any]:
-    """A batch of clips of the integrator's world, one a task named."""
-    generator = torch.Generator().manual_seed(seed)
-    actions = 0.1 * torch.rand(len(tasks), frames, 1, generator=generator)
-    levels = 0.2 + torch.cat([torch.zeros(len(tasks), 1), actions[:, :-1, 0].cumsum(1)], dim=1)
-    video = levels[:, :, None, None, None].expand(-1, -1, 3, SIZE, SIZE).clone()
-    keys = [f"{task}-s{seed}-n000-{index:05d}" for index, task in enumerate(tasks)]
-    return {"video": video, "actions": actions, "rewards": levels, "key": keys}
-
-
-def test_a_perfect_model() -> None:
-    batches = [world_clips(0, ["push", "push", "lift"]), world_clips(1, ["push", "lift"])]
-    result = evaluate_rollouts(Integrator(), batches, HORIZON, device="cpu", name="integrator", seed=3)
-    assert result["model"] == "integrator"
-    assert (result["horizon"], result["context_length"], result["seed"]) == (HORIZON, CONTEXT, 3)
-    assert set(result["tasks"]) == {"push", "lift"}
-    assert [result["tasks"][task]["clips"] for task in ("push", "lift")] == [3, 2]
+def test_a_perfect_model(measured: Measured) -> None:
+    clips = MemoryClips(["push", "push", "lift", "push", "lift"])
+    result = measured(Integrator(), clips, {"name": "integrator", "seed": 3}, runs=2)
+    assert (result["model"], result["seed"]) == ("integrator", 3)
+    assert result["protocol"]["horizon"] == HORIZON
+    assert result["protocol"]["context_length"] == CONTEXT
+    assert {task: entry["clips"] for task, entry in result["tasks"].items()} == {"push": 3, "lift": 2}
     overall = result["overall"]
     assert (overall["clips"], overall["episodes"]) == (5, 5)
     assert overall["model"] == pytest.approx({"psnr": 100.0, "ssim": 1.0, "mse": 0.0}, abs=1e-4)
+    assert overall["std_over_runs"] == pytest.approx({"psnr": 0.0, "ssim": 0.0, "mse": 0.0}, abs=1e-6)
     assert overall["reward"]["pearson_r"] == pytest.approx(1.0)
     assert overall["reward"]["frames"] == 15
-    true = torch.cat([batch["rewards"][:, CONTEXT:].flatten() for batch in batches])
+    true = clips.columns["rewards"][:, CONTEXT:]
     assert overall["reward"]["mse"] == pytest.approx(float((true + 1.0).square().mean()), rel=1e-4)
+    assert [row["key"] for row in result["videos"]] == [f"episode-{number}" for number in range(5)]
+    assert all(len(row["best"]["psnr"]) == 2 for row in result["videos"])
 
 
-def test_repeating_the_last_frame_is_measured_per_frame() -> None:
-    batch = world_clips(0, ["push", "lift"])
-    result = evaluate_rollouts(Integrator(), [batch], HORIZON, device="cpu")
-    truth = batch["video"][:, CONTEXT:]
-    expected = psnr(batch["video"][:, CONTEXT - 1 : CONTEXT].expand_as(truth), truth)
-    assert result["overall"]["curves"]["repeat_last_frame"]["psnr"] == pytest.approx(
-        expected.mean(0).tolist(), rel=1e-4
-    )
+def test_repeating_the_last_frame_is_measured_per_frame(measured: Measured) -> None:
+    clips = MemoryClips(["push", "lift"])
+    result = measured(Integrator(), clips)
+    video = clips.columns["video"]
+    truth = video[:, CONTEXT:]
+    expected = psnr(video[:, CONTEXT - 1 : CONTEXT].expand_as(truth), truth)
+    curves = result["overall"]["curves"]["repeat_last_frame"]
+    assert curves["psnr"] == pytest.approx(expected.mean(0).tolist(), rel=1e-4)
     assert result["tasks"]["push"]["repeat_last_frame"]["psnr"] == pytest.approx(float(expected[0].mean()), rel=1e-4)
-    curve = result["overall"]["curves"]["repeat_last_frame"]["mse"]
-    assert curve == sorted(curve)  # the world drifts away from the last frame
+    assert curves["mse"] == sorted(curves["mse"])  # the world drifts away from the last frame
 
 
-def test_shuffled_actions_come_from_another_episode_of_the_task() -> None:
-    batches = [world_clips(0, ["push", "push", "lift"]), world_clips(1, ["lift", "push"])]
+def test_shuffled_actions_come_from_another_episode_of_the_source(measured: Measured) -> None:
+    clips = MemoryClips(["push", "push", "lift", "push"])
     model = Integrator()
-    result = evaluate_rollouts(model, batches, HORIZON, device="cpu")
+    result = measured(model, clips)
     own, shuffled = model.calls[0]["actions"], model.calls[1]["actions"]
-    assert torch.equal(shuffled[:2], own[[1, 0]])
-    assert torch.equal(shuffled[2], own[2])  # the only "lift" so far has nobody to swap with
-    later = model.calls[3]["actions"]
-    assert torch.equal(later[0], own[2])
-    assert any(torch.equal(later[1], donor) for donor in own[:2])
+    for row in (0, 1, 3):
+        assert any(torch.equal(shuffled[row], own[other]) for other in {0, 1, 3} - {row})
+    assert torch.equal(shuffled[2], own[2])  # the only "lift" has nobody to swap with
     assert result["tasks"]["push"]["shuffled_actions"]["clips"] == 3
-    assert result["tasks"]["lift"]["shuffled_actions"]["clips"] == 1
+    assert result["tasks"]["lift"]["shuffled_actions"] is None
     following = result["overall"]["shuffled_actions"]
-    assert following["clips"] == 4
+    assert following["clips"] == 3
     assert following["change"]["mse"] > 0 > following["change"]["psnr"]
     assert following["shuffled"]["mse"] == pytest.approx(following["own"]["mse"] + following["change"]["mse"])
+    low, high = following["change_interval"]["psnr"]
+    assert low <= following["change"]["psnr"] <= high < 0
 
 
-def test_own_and_shuffled_actions_share_their_random_numbers() -> None:
+def test_own_and_shuffled_actions_share_their_random_numbers(measured: Measured) -> None:
     class Deaf(Integrator):
         def rollout(self, context_frames: Tensor, actions: Tensor | None = None, **settings: Any) -> Any:
             return super().rollout(context_frames, None, **settings)
 
-    result = evaluate_rollouts(Deaf(noise=0.05), [world_clips(0, ["push"] * 4)], HORIZON, device="cpu")
-    assert result["overall"]["shuffled_actions"]["change"] == {"psnr": 0.0, "ssim": 0.0, "mse": 0.0}
-    assert result["overall"]["shuffled_actions"]["mse_ratio"] == 1.0
+    result = measured(Deaf(noise=0.04), MemoryClips(["push"] * 4), num_samples=3, shuffled_samples=2)
+    assert result["overall"]["shuffled_actions"]["change"] == pytest.approx({"psnr": 0.0, "ssim": 0.0, "mse": 0.0})
+    assert result["overall"]["shuffled_actions"]["mse_ratio"] == pytest.approx(1.0)
 
 
-def test_best_of_several_samples() -> None:
-    batches = [world_clips(0, ["push"] * 3)]
+def test_best_and_mean_of_several_samples(measured: Measured) -> None:
     one, many = (
-        evaluate_rollouts(Integrator(noise=0.05), batches, HORIZON, device="cpu", num_samples=count)["overall"]
-        for count in (1, 8)
+        measured(Integrator(noise=0.04), MemoryClips(["push"] * 3), num_samples=count)["overall"] for count in (1, 8)
     )
     assert many["model"]["psnr"] > one["model"]["psnr"]
-    assert many["model"]["mse"] < one["model"]["mse"]
+    assert many["model"]["mse"] < one["model"]["mse"] == pytest.approx(one["mean_of_samples"]["mse"])
     curve = many["curves"]["model"]["mse"]
-    assert sum(curve) / len(curve) > many["model"]["mse"]  # curves are means over samples
+    assert sum(curve) / len(curve) == pytest.approx(many["mean_of_samples"]["mse"])  # curves are means over samples
+    assert many["mean_of_samples"]["mse"] > many["model"]["mse"]
 
 
-def test_the_seed_decides() -> None:
-    results = [
-        evaluate_rollouts(Integrator(noise=0.05), [world_clips(0, ["push"] * 3)], HORIZON, device="cpu", seed=seed)
-        for seed in (1, 1, 2)
-    ]
-    for result in results:
-        del result["seconds"]
-    assert results[0] == results[1]
-    assert results[0]["overall"]["model"] != results[2]["overall"]["model"]
+def numbers(result: dict[str, Any]) -> dict[str, Any]:
+    """What must not depend on how it was computed."""
+    return {name: result[name] for name in ("tasks", "overall", "videos")}
 
 
-def test_without_actions_and_rewards() -> None:
-    batch = world_clips(0, ["push"] * 2)
-    del batch["actions"], batch["rewards"]
-    batch["video"] = (batch["video"] * 255).byte()
-    result = evaluate_rollouts(Integrator(takes_actions=False), iter([batch]), device="cpu")
-    assert result["horizon"] == HORIZON  # all that the clips have
+def test_the_seed_decides_and_runs_differ(measured: Measured) -> None:
+    clips = MemoryClips(["push"] * 3)
+    first, again, other = (
+        measured(Integrator(noise=0.04), clips, {"seed": seed}, runs=3, num_samples=2) for seed in (1, 1, 2)
+    )
+    assert numbers(first) == numbers(again)
+    assert first["overall"]["model"] != other["overall"]["model"]
+    runs = first["overall"]["runs"]["psnr"]
+    assert len(set(runs)) == 3
+    assert first["overall"]["model"]["psnr"] == pytest.approx(sum(runs) / 3)
+    assert first["overall"]["std_over_runs"]["psnr"] == pytest.approx(float(torch.tensor(runs).std()), rel=1e-5)
+    low, high = first["overall"]["interval"]["psnr"]
+    assert low < first["overall"]["model"]["psnr"] < high
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 100])
+def test_the_batch_size_changes_no_random_number(batch_size: int, measured: Measured) -> None:
+    clips = MemoryClips(["push", "lift", "push", "push", "lift"])
+    given = measured(Integrator(noise=0.04), clips, {"batch_size": batch_size}, num_samples=4, runs=2)
+    usual = measured(Integrator(noise=0.04), clips, num_samples=4, runs=2)
+    assert given["overall"]["runs"]["mse"] == pytest.approx(usual["overall"]["runs"]["mse"], rel=1e-5)
+    for ours, theirs in zip(given["videos"], usual["videos"], strict=True):
+        assert ours["best"]["psnr"] == pytest.approx(theirs["best"]["psnr"], rel=1e-5)
+
+
+def test_no_more_samples_than_the_batch_size_are_rolled_out_at_once(measured: Measured) -> None:
+    model = Integrator(noise=0.04)
+    measured(model, MemoryClips(["push"] * 2), {"batch_size": 8}, num_samples=20)
+    assert {len(call["generator"]) for call in model.calls} == {8, 4, 1}  # chunks, the rest, shuffled actions
+
+
+def test_without_actions_and_rewards(measured: Measured) -> None:
+    clips = MemoryClips(["push"] * 2)
+    del clips.columns["actions"], clips.columns["rewards"]
+    clips.columns["video"] = (clips.columns["video"] * 255).byte()
+    result = measured(Integrator(takes_actions=False), clips)
+    assert result["protocol"]["actions"] is False
     assert result["overall"]["shuffled_actions"] is None
     assert result["overall"]["reward"] is None
 
 
-def test_the_source_names_the_task_where_there_is_one() -> None:
-    batch = world_clips(0, ["push", "push"]) | {"source": ["metaworld/push-v3", "metaworld/lift-v3"]}
-    assert set(evaluate_rollouts(Integrator(), [batch], device="cpu")["tasks"]) == {
-        "metaworld/push-v3",
-        "metaworld/lift-v3",
-    }
-
-
-@pytest.mark.parametrize(
-    ("key", "task"),
-    [
-        ("plate-slide-s7-n030-00012", "plate-slide"), ("door-lock", "door-lock"), ("bair_000_12", "bair"),
-        ("00012", "clips"), ("3-14", "clips"), ("take2", "take2"),
-    ],
-)  # fmt: skip
-def test_task_of(key: str, task: str) -> None:
-    assert task_of(key) == task
-
-
-def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="no clip to evaluate"):
-        evaluate_rollouts(Integrator(), [], HORIZON, device="cpu")
-    with pytest.raises(ValueError, match="clips of 5 frames are too short for 2 context frames and a horizon of 9"):
-        evaluate_rollouts(Integrator(), [world_clips(0, ["push"])], 9, device="cpu")
-    batch = world_clips(0, ["push"])
-    del batch["actions"]
-    with pytest.raises(ValueError, match="needs actions and the clips have none"):
-        evaluate_rollouts(Integrator(), [batch], HORIZON, device="cpu")
-
-
-def test_pearson() -> None:
-    x = torch.tensor([1.0, 2.0, 4.0])
-    assert pearson(x, -3 * x + 7) == pytest.approx(-1.0)
-    assert pearson(x, torch.tensor([1.0, 3.0, 2.0])) == pytest.approx(
-        float(torch.corrcoef(torch.tensor([[1.0, 2, 4], [1, 3, 2]]))[0, 1])
-    )
-    assert pearson(x, torch.full((3,), 0.1)) is None
-    assert pearson(x[:1], x[:1]) is None
+def test_argmax_needs_one_run(measured: Measured) -> None:
+    result = measured(Integrator(), MemoryClips(["push"]), temperature=0.0, num_samples=5, runs=3)
+    assert (result["protocol"]["runs"], result["protocol"]["num_samples"]) == (1, 1)
+    assert result["overall"]["std_over_runs"] == {"psnr": None, "ssim": None, "mse": None}
+    assert any("argmax" in note for note in result["notes"])
 
 
 def test_a_real_model(tiny_world_model: Callable[..., Any]) -> None:
-    model = tiny_world_model(2, reward=True)
-    generator = torch.Generator().manual_seed(0)
-    batch: dict[str, Any] = {
-        "video": torch.rand(3, 6, 3, 32, 32, generator=generator),
-        "actions": torch.randn(3, 6, 2, generator=generator),
-        "rewards": torch.rand(3, 6, generator=generator),
-        "key": ["a-1", "a-2", "b-1"],
-    }
-    result = evaluate_rollouts(model, [batch], temperature=0)
-    assert result["horizon"] == 4
-    assert result["overall"]["shuffled_actions"]["clips"] == 2
-    assert -1 <= result["overall"]["reward"]["pearson_r"] <= 1
-    rolled = model.rollout(batch["video"][:, :2], batch["actions"], horizon=4, temperature=0).video[:, 2:]
-    expected = float(psnr(rolled, batch["video"][:, 2:]).mean())
+    model = tiny_world_model(4, reward=True)
+    protocol = EvaluationProtocol().changed(horizon=4, temperature=0.0, videos=6).settled(model.config)
+    clips = ClipSet.open("embedded:heldout", protocol)
+    assert clips.notes == ["recordings of 64 x 64 pixels were cropped and resized to 32 x 32"]
+    result = evaluate(model, clips, protocol)
+    assert result is not None
+    batch = clips.batch(range(6))
+    video = batch["video"].float() / 255
+    rolled = model.rollout(video[:, :2], batch["actions"], horizon=4, temperature=0).video[:, 2:]
+    expected = float(psnr(rolled, video[:, 2:]).mean())
     assert result["overall"]["model"]["psnr"] == pytest.approx(expected, rel=1e-4)
+    assert -1 <= result["overall"]["reward"]["pearson_r"] <= 1
+    tokens = result["overall"]["tokens"]
+    assert tokens["perplexity"] > 1
+    assert 1 <= tokens["dynamics_entries_used"] <= 48
+    assert len(result["hashes"]["model"]) == 64
     json.dumps(result, allow_nan=False)
 
 
-def test_files_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = evaluate_rollouts(Integrator(), [world_clips(0, ["push"] * 2)], HORIZON, device="cpu")
-    path = tmp_path / "results.json"
-    write_results(result, path)
-    assert json.loads(path.read_text()) == result
-    with pytest.raises(ValueError, match="JSON"):
-        write_results({"psnr": math.nan}, path)
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_results({"other": 1}, path)
-    assert json.loads(path.read_text()) == result
-    assert os.listdir(tmp_path) == ["results.json"]
+# Bad input
 
 
-@pytest.mark.parametrize("tasks", [["push", "push", "lift"], ["push"]])
-def test_table(tasks: list[str]) -> None:
-    result = evaluate_rollouts(Integrator(), [world_clips(0, tasks)], HORIZON, device="cpu", name="integrator")
-    table = format_table(result)
-    assert table.row_count == (3 if len(set(tasks)) > 1 else 1)
-    console = Console(width=160, record=True, file=io.StringIO())
-    console.print(table)
-    text = console.export_text()
-    assert "integrator: 3 frames from 2" in text
-    assert "100.00 / " in text
-    assert "1.000" in text
+def test_no_clip_and_no_actions(measured: Measured) -> None:
+    with pytest.raises(ValueError, match="there is no clip to evaluate"):
+        measured(Integrator(), MemoryClips([]))
+    clips = MemoryClips(["push"])
+    del clips.columns["actions"]
+    with pytest.raises(ValueError, match="needs actions and the clips have none"):
+        measured(Integrator(), clips)
+    clips.columns["actions"] = torch.zeros(1, 5, 3)
+    with pytest.raises(ValueError, match="takes actions of 1 numbers, the clips have 3"):
+        measured(Integrator(), clips)
+
+
+def test_short_clips(measured: Measured) -> None:
+    with pytest.raises(ValueError, match="clips of 5 frames are too short for 2 context frames and a horizon of 9"):
+        measured(Integrator(), MemoryClips(["push"]), horizon=9)
+
+
+def test_frames_that_are_not_finite(measured: Measured) -> None:
+    clips = MemoryClips(["push", "push"])
+    clips.columns["video"][1, 3] = float("nan")
+    with pytest.raises(ValueError, match="recorded frames hold values that are not finite"):
+        measured(Integrator(), clips)
+
+    class Broken(Integrator):
+        def rollout(self, context_frames: Tensor, actions: Tensor | None = None, **settings: Any) -> Any:
+            found = super().rollout(context_frames, actions, **settings)
+            found.video[1] = float("inf")
+            return found
+
+    with pytest.raises(ValueError, match="frames that are not finite .* for episode 'episode-1', run 0"):
+        measured(Broken(), MemoryClips(["push", "push"]))
+
+
+def test_clips_that_do_not_move_are_counted(measured: Measured) -> None:
+    clips = MemoryClips(["push", "push", "push"])
+    clips.columns["actions"][1] = 0
+    clips.columns["video"][1] = 0.5
+    result = measured(Integrator(), clips)
+    assert any(note.startswith("1 of 3 clips do not move at all") for note in result["notes"])
+    assert result["videos"][1]["repeat_last_frame"]["psnr"] == 100.0
+    assert result["overall"]["model"]["psnr"] == pytest.approx(100.0)
+
+
+def test_several_processes_need_a_journal(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: 0, get_world_size=lambda: 2)
+    monkeypatch.setattr("ivideogpt.metrics.evaluation.dist", group)
+    with pytest.raises(ValueError, match="give --out FILE"):
+        measured(Integrator(), MemoryClips(["push"]))
+
+
+def test_a_single_video_has_no_covariance(measured: Measured) -> None:
+    judges = Judges({"psnr": psnr, "ssim": ssim, "mse": mse}, features=random_network(4), hashes={"fvd": "0" * 64})
+    one = measured(Integrator(), MemoryClips(["push"]), {"judges": judges})
+    assert one["overall"]["distance_of_other_features"] is None
+    assert any("needs at least 2 real" in note and "full rank it takes 5" in note for note in one["notes"])
+    few = measured(Integrator(), MemoryClips(["push"] * 3), {"judges": judges})
+    assert few["overall"]["distance_of_other_features"]["value"] >= 0
+    (needs, _, chance) = (note for note in few["notes"] if "Frechet distance of random features, not FVD" in note)
+    assert "3 real videos are too few for a covariance of 4 features, which needs 5" in needs
+    assert "videos of the same distribution would score about" in chance
+    assert "fvd" not in few["overall"]["model"]
+
+
+def test_networks_that_are_missing_are_said_and_the_rest_is_measured(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("IVIDEOGPT_NETWORKS", "TORCH_HOME", "HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    judges = judges_for(EvaluationProtocol())
+    result = measured(Integrator(), MemoryClips(["push"] * 3), {"judges": judges})
+    assert list(result["missing"]) == ["lpips", "fvd"]
+    assert "hf download" in result["missing"]["fvd"] and "SHA-256" in result["missing"]["fvd"]
+    assert set(result["overall"]["model"]) == {"psnr", "ssim", "mse"}
+    assert result["hashes"]["networks"] == {}
+    assert list(judges_for(EvaluationProtocol(metrics=("ssim",), fvd=None)).missing) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--protocol", "bair"], "the protocol 'bair' has context_length 1, this model has 2"),
+        (["--protocol", "bair-action-free"], "is one without actions, and this model needs actions of width 4"),
+        (["--protocol", "robonet"], "no protocol 'robonet'; did you mean 'robonet-"),
+        (["--protocol", "robonet-64"], "about 256 clips, and there are 16; give --videos 16"),
+        (["--horizon", "40"], "episodes are shorter than the 42 frames"),
+    ],
+)
+def test_the_command_refuses(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "--model", "ivideogpt-metaworld-nano", "--data", "embedded:heldout", *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1

@@ -1,8 +1,9 @@
-"""Test of a recipe in two processes: each stage is trained by both, written by one and evaluated by one."""
+"""Test of a recipe in two processes: each stage is trained and evaluated by both, and written by one."""
 
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -19,15 +20,17 @@ from ivideogpt.recipes.results import read_record
 @pytest.mark.slow
 def test_two_processes_run_a_recipe_and_skip_it_the_second_time(recipe, tmp_path: Path) -> None:
     path = recipe(stages=("tokenizer", "transformer", "evaluate"))
-    words = [
-        f"{stage}.trainer.{word}" for stage in ("tokenizer", "transformer") for word in ("devices=2", "strategy=ddp")
-    ]
-    command = [sys.executable, "-m", "ivideogpt.cli", "run", str(path), *words, "evaluate.trainer.devices=1"]
+    stages = ("tokenizer", "transformer", "evaluate")
+    words = [f"{stage}.trainer.{word}" for stage in stages for word in ("devices=2", "strategy=ddp")]
+    command = [sys.executable, "-m", "ivideogpt.cli", "run", str(path), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ivideogpt.__file__).parents[1])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("transformer: finished in") == 1
-    for stage in ("tokenizer", "transformer", "evaluate"):
+    results = json.loads((tmp_path / "out" / "evaluate" / "results.json").read_text())
+    assert (results["processes"], len(results["videos"])) == (2, results["overall"]["clips"])
+    assert {path.name for path in (tmp_path / "out" / "evaluate").iterdir()} >= {"report.html", "results.json"}
+    for stage in stages:
         record = read_record(tmp_path / "out" / stage)
         assert record is not None
         assert record["state"] == "finished"

@@ -50,7 +50,7 @@ def test_recipe_is_built(name: str, shards: dict[str, str], tmp_path: Path) -> N
         if "action_spaces" in content["module"]["init_args"]:
             words.append(f'{stage}.module.action_spaces={{"*": 4}}')
         if "horizon" in content["module"]["init_args"]:
-            words.append(f"{stage}.module.horizon=1")
+            words += [f"{stage}.module.horizon=1", f"{stage}.module.runs=1", f"{stage}.module.protocol=custom"]
         if data.get("holdout_every"):
             words.append(f"{stage}.data.holdout_every=null")
         if name not in EMBEDDED:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ivideogpt.commands.arguments import at_least
 
 if TYPE_CHECKING:
-    from ivideogpt.commands.clips import ClipSet
+    from ivideogpt.metrics.clips import ClipSet
     from ivideogpt.world_model import WorldModel
 
 RECIPE = "adapt"
@@ -50,13 +50,15 @@ def run(args: argparse.Namespace) -> None:
 
     import ivideogpt
     from ivideogpt import recipes
-    from ivideogpt.commands.clips import ClipSet
+    from ivideogpt.metrics.clips import ClipSet
+    from ivideogpt.metrics.protocols import EvaluationProtocol
     from ivideogpt.recipes.results import load_tokenizer
 
     out = Path(args.out)
     wm = ivideogpt.from_pretrained(args.model)
-    clips = ClipSet(args.heldout, wm, args.horizon, limit=args.limit)
-    before = measure(wm, clips, args.horizon)
+    protocol = EvaluationProtocol().changed(horizon=args.horizon, temperature=0.0).settled(wm.config)
+    clips = ClipSet.open(args.heldout, protocol).at_most(args.limit)
+    before = measure(wm, clips)
     words = [f"output={out / 'training'}", f"tokenizer.module.tokenizer.from={args.model}"]
     words += [f"tokenizer.data.train={args.data}", f"tokenizer.data.val={args.heldout}"]
     words += [f"tokenizer.data.resolution={wm.config.tokenizer.resolution}"]
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     assert folder is not None
     wm.tokenizer.load_state_dict(load_tokenizer(folder / "tokenizer").state_dict())
     wm.save_pretrained(out / "model")
-    after = measure(ivideogpt.from_pretrained(out / "model"), clips, args.horizon)
+    after = measure(ivideogpt.from_pretrained(out / "model"), clips)
     table = Table("", *COLUMNS, title=f"{args.model} on {len(clips)} clips of {args.heldout}", title_justify="left")
     for name, found in (("before", before), ("after", after)):
         table.add_row(name, *(f"{found[column]:.4g}" for column in COLUMNS))
@@ -77,18 +79,17 @@ def run(args: argparse.Namespace) -> None:
     print(f"{out / 'model'}: the adapted model; {out / 'adapt.json'}: what was measured")
 
 
-def measure(wm: WorldModel, clips: ClipSet, horizon: int) -> dict[str, float]:
+def measure(wm: WorldModel, clips: ClipSet) -> dict[str, float]:
     """PSNR of the future frames' reconstructions, and of argmax predictions PSNR, SSIM and MSE: means over clips.
 
     Args:
         wm: the model.
-        clips: held-out ones, of the context and ``horizon`` frames.
-        horizon: frames that are predicted.
+        clips: held-out ones.
     """
     import torch
 
     from ivideogpt.data.transforms import to_float
-    from ivideogpt.metrics.evaluation import evaluate_rollouts
+    from ivideogpt.metrics.evaluation import evaluate
     from ivideogpt.metrics.video import psnr
 
     context, values = wm.config.context_length, []
@@ -98,6 +99,7 @@ def measure(wm: WorldModel, clips: ClipSet, horizon: int) -> dict[str, float]:
             tokens, _ = wm.tokenizer.tokenize(video)
             again = wm.tokenizer.detokenize(tokens).clamp(0, 1)
             values.append(psnr(again[:, context:], video[:, context:]).mean(dim=1))
-    rollouts = evaluate_rollouts(wm, clips, horizon=horizon, temperature=0.0)["overall"]["model"]
-    predicted = (rollouts[name] for name in ("psnr", "ssim", "mse"))
+    result = evaluate(wm, clips, clips.protocol)
+    assert result is not None
+    predicted = (result["overall"]["model"][name] for name in ("psnr", "ssim", "mse"))
     return dict(zip(COLUMNS, (torch.cat(values).mean().item(), *map(float, predicted)), strict=True))

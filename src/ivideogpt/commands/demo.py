@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ivideogpt.commands.arguments import at_least
 
 if TYPE_CHECKING:
-    from ivideogpt.commands.clips import ClipSet
+    from ivideogpt.metrics.clips import ClipSet
+    from ivideogpt.metrics.protocols import EvaluationProtocol
     from ivideogpt.report import Example, Report
     from ivideogpt.world_model import WorldModel
 
@@ -52,13 +53,13 @@ def run(args: argparse.Namespace) -> None:
 
     import ivideogpt
     from ivideogpt import recipes
-    from ivideogpt.commands.clips import ClipSet
-    from ivideogpt.metrics.evaluation import write_results
+    from ivideogpt.metrics.clips import ClipSet
+    from ivideogpt.metrics.results import write_results
     from ivideogpt.report import write_report
 
     console = Console()
     start = ivideogpt.from_pretrained(args.model)
-    clips = ClipSet(str(out / "data" / "heldout"), start, HORIZON, CLIPS_PER_EPISODE)
+    clips = ClipSet.open(str(out / "data" / "heldout"), protocol_of(start))
     before = score(start, clips, "before fine-tuning")
     overrides = recipe_overrides(args.recipe, out, args.model, start, args.updates)
     console.print("Fine-tuning; Ctrl-C stops it, the same command goes on.", highlight=False)
@@ -113,15 +114,27 @@ def prepare(source: str, split: str, folder: Path) -> dict[str, int]:
     return counts
 
 
+def protocol_of(wm: WorldModel) -> EvaluationProtocol:
+    """How the demo measures: argmax rollouts."""
+    from ivideogpt.metrics.protocols import EvaluationProtocol
+
+    changes = {"horizon": HORIZON, "clips_per_episode": CLIPS_PER_EPISODE, "temperature": 0.0}
+    return EvaluationProtocol().changed(**changes).settled(wm.config)
+
+
 def score(wm: WorldModel, clips: ClipSet, when: str) -> dict[str, Any]:
     """Scores argmax rollouts on every clip, with a progress display."""
-    from rich.progress import track
+    from rich.console import Console
 
-    from ivideogpt.metrics.evaluation import evaluate_rollouts
+    from ivideogpt.metrics.evaluation import evaluate
+    from ivideogpt.metrics.terminal import watching
 
-    batches = -(-len(clips) // clips.batch_size)
-    shown = track(clips, f"Rolling out on {len(clips)} held-out clips {when}", total=batches)
-    return evaluate_rollouts(wm, shown, horizon=HORIZON, temperature=0.0, name=when)
+    console = Console()
+    console.print(f"Rolling out on {len(clips)} held-out clips {when}", highlight=False)
+    with watching(console) as watch:
+        result = evaluate(wm, clips, protocol_of(wm), name=when, watch=watch)
+    assert result is not None
+    return result
 
 
 def recipe_overrides(recipe: str, out: Path, model: str, wm: WorldModel, updates: int | None) -> list[str]:

@@ -1,369 +1,162 @@
-"""Evaluation of a world model's rollouts: accuracy, drift, action-following, rewards; per task and overall.
+"""Evaluation of a world model by a protocol: rolls it out on recorded clips, judges each video, sums up at the end.
 
-B clips, S samples a clip, T frames, t0 context frames, F future frames, A action size. All numbers are autoregressive:
-the model sees the context frames and the actions, nothing else.
+All numbers of predictions are autoregressive: the model sees the context frames and the actions, nothing else. The
+random numbers of a sample depend on the seed, the run, the clip and the sample alone, so not on batches, processes or
+interruptions.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-import math
-import os
-import platform
-import random
-import re
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from rich.table import Table
-from torch import Tensor
+import torch.distributed as dist
 
-from ivideogpt.metrics.video import HIGHER_IS_BETTER, METRICS, best_of, frame_metrics
-
-SCHEMA_VERSION = 1
-OVERALL = "overall"
-DONORS_KEPT = 256
-"""Action sequences a task that are remembered for shuffling; bounds the memory of a long evaluation."""
+from ivideogpt.metrics.journal import Journal
+from ivideogpt.metrics.judges import Judges, judges_for
+from ivideogpt.metrics.measuring import BATCH_SIZE, Clips, RollsOut, Work, measure
+from ivideogpt.metrics.protocols import EvaluationProtocol
+from ivideogpt.metrics.results import SCHEMA_VERSION, assemble, versions
 
 
-class RollsOut(Protocol):
-    """What is needed of a world model (``ivideogpt.WorldModel`` is one)."""
-
-    reward_head: Any
-
-    @property
-    def config(self) -> Any:
-        """Its configuration."""
-
-    @property
-    def rollout(self) -> Callable[..., Any]:
-        """Predicts what follows the context: gives an object with ``video`` and ``rewards``."""
-
-
-@dataclass
-class _Sums:
-    """What is added up over the clips of one task: per-frame sums (F,) and rewards."""
-
-    clips: int = 0
-    episodes: set[str] = field(default_factory=set)
-    curves: dict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
-    best: dict[str, float] = field(default_factory=lambda: dict.fromkeys(METRICS, 0.0))
-    paired: int = 0
-    followed: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
-    true_rewards: list[float] = field(default_factory=list)
-    predicted_rewards: list[float] = field(default_factory=list)
-
-    def add_curve(self, which: str, name: str, values: Tensor) -> None:
-        self.curves[which][name] = self.curves[which].get(name, 0.0) + values
-
-    def add_followed(self, which: str, name: str, value: float) -> None:
-        self.followed[which][name] = self.followed[which].get(name, 0.0) + value
-
-
-def evaluate_rollouts(
-    world_model: RollsOut,
-    clips: Iterable[Mapping[str, Any]],
-    horizon: int | None = None,
-    temperature: float = 1.0,
-    seed: int = 0,
-    num_samples: int = 1,
-    device: torch.device | str | None = None,
+def evaluate(
+    model: RollsOut,
+    clips: Clips,
+    protocol: EvaluationProtocol,
     *,
-    top_k: int | None = 100,
+    judges: Judges | None = None,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
     name: str | None = None,
-) -> dict[str, Any]:
-    """Rolls the model out on recorded clips and compares with what was recorded.
-
-    Every number is a mean over clips. ``model`` holds PSNR, SSIM and MSE over the future frames: with several samples
-    the mean over a clip's frames, then the best sample, each metric on its own. ``repeat_last_frame`` is the same for
-    repeating the last context frame. ``curves`` holds both per future frame (mean over samples). ``shuffled_actions``
-    compares rollouts with their own actions and with those of another episode of the same task, from the same context
-    and the same seed, over the clips that another episode was seen for: a model that follows its actions gets worse.
-    ``reward`` is the correlation (Pearson) and the squared error of predicted and recorded rewards over all future
-    frames, the prediction being the mean over samples.
+    journal: Path | None = None,
+    keep_journal: bool = False,
+    watch: Callable[[int, int], None] | None = None,
+) -> dict[str, Any] | None:
+    """Measures a model on clips; where ``torch.distributed`` runs, its processes share the work.
 
     Args:
-        world_model: put it in eval mode and on ``device`` before.
-        clips: batches, read once: "video" (B, T, C, H, W) float in [0, 1] or uint8, "actions" (B, T, A) and "rewards"
-            (B, T) where there are any, "key" naming each clip's episode, and "source" naming its task; without it
-            the task is the key without its trailing number and letter-number parts.
-        horizon: future frames; None takes all that the clips have.
-        temperature: of the sampling; 0 is argmax.
-        seed: of the sampling and of the shuffling.
-        num_samples: futures a clip.
-        device: where the rollouts run; None is where the model is.
-        top_k: of the sampling.
+        model: in eval mode.
+        clips: of the protocol's length and size.
+        protocol: settled for the model (:meth:`EvaluationProtocol.settled`).
+        judges: what judges the predictions; None takes what is at hand.
+        seed: of all random numbers.
+        batch_size: samples that are rolled out at once.
         name: of the model, for the result.
+        journal: folder that remembers finished videos, on a file system that all processes see. With one, the same
+            call goes on where it was killed, with the same numbers. It is removed at the end.
+        keep_journal: leave it, for a caller that removes it when the result is safe.
+        watch: is told how many of all videos are done, by this process.
 
     Returns:
-        A dictionary that JSON can hold, see above; :func:`write_results` and :func:`format_table` take it.
+        The result, which JSON can hold (:mod:`ivideogpt.metrics.results`); None in all but the first process.
 
     Raises:
-        ValueError: if there is no clip, or a clip does not fit the model or the horizon.
+        ValueError: if clips and model do not fit, the model predicts what is no picture, or the journal is of another
+            evaluation.
     """
-    started = time.perf_counter()
-    device = torch.device(device) if device is not None else _device_of(world_model)
-    context_length = world_model.config.context_length
-    takes_actions = world_model.config.action_dim is not None
-    tasks: dict[str, _Sums] = defaultdict(_Sums)
-    donors: dict[str, list[tuple[str, Tensor]]] = defaultdict(list)
-    shuffler = random.Random(seed)
-    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "num_samples": num_samples}
+    started = time.time()
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not len(clips):
+        raise ValueError("there is no clip to evaluate")
+    if journal is None:
+        if processes > 1:
+            raise ValueError("several processes put their results together in a journal: give --out FILE")
+        with tempfile.TemporaryDirectory(prefix="ivideogpt-evaluation-") as folder:
+            return evaluate(
+                model, clips, protocol, judges=judges, seed=seed, batch_size=batch_size, name=name,
+                journal=Path(folder) / "journal", watch=watch,
+            )  # fmt: skip
+    judges = judges or judges_for(protocol, device=model.device)
+    places = [clips.place(number) for number in range(len(clips))]
+    work = Work(model, clips, protocol, judges, seed, batch_size, places)
+    header = _header(work)
+    if rank == 0:
+        kept = Journal(journal, header)
+    if processes > 1:
+        dist.barrier()
+    if rank > 0:
+        kept = Journal(journal, header, begin=False)
+    earlier = sum(record.get("seconds", 0.0) for record in kept.records.values())
+    with contextlib.closing(kept):
+        _work_through(work, work.groups[rank::processes], kept, watch)
+    if processes > 1:
+        dist.barrier()
+    if rank > 0:
+        return None
+    if processes > 1:
+        kept = Journal(journal, header)  # with what the others have written
+    absent = [(run, video) for run in range(protocol.runs) for video in range(len(places)) if (run, video) not in kept]
+    if absent:
+        raise ValueError(
+            f"{len(absent)} videos are in no journal of {journal}: all processes must see the same file system"
+        )
+    result = assemble(kept, protocol, judges, places)
+    head = {"schema_version": SCHEMA_VERSION, "model": name, "protocol": protocol.to_json(), "seed": seed,
+            "seeding": "one stream for each sample, from SHA-256 of seed, run, episode, start frame and sample",
+            "measured": "autoregressive", "device": str(model.device), "processes": processes,
+            "batch_size": batch_size,
+            "seconds": round(earlier + time.time() - started, 1), "versions": versions(),
+            "hashes": {"model": header["model"], "data": clips.data(), "networks": judges.hashes}}  # fmt: skip
+    result = {**head, **result, "notes": [*clips.notes, *result["notes"]]}
+    if not keep_journal:
+        kept.remove()
+    return result
 
-    for index, batch in enumerate(clips):
-        video = _floats(batch["video"])
-        if horizon is None:
-            horizon = video.shape[1] - context_length
-        settings["horizon"] = horizon
-        needed = context_length + horizon
-        if horizon < 1 or video.shape[1] < needed:
-            raise ValueError(
-                f"clips of {video.shape[1]} frames are too short for {context_length} context frames "
-                f"and a horizon of {horizon}"
-            )
-        video = video[:, :needed].to(device)
-        keys = [str(key) for key in batch["key"]]
-        names = [str(source) for source in batch.get("source", [task_of(key) for key in keys])]
-        truth, last = video[:, context_length:], video[:, context_length - 1 : context_length]
-        actions = None
-        if takes_actions:
-            if "actions" not in batch:
-                raise ValueError(f"the model needs actions and the clips have none (first clip: {keys[0]!r})")
-            actions = batch["actions"][:, : needed - 1].float()
 
-        def imagine(actions: Tensor | None, context: Tensor, batch_index: int = index) -> Any:
-            # own and shuffled actions are sampled with the same numbers, which takes luck out of their difference
-            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + batch_index)
-            return world_model.rollout(context, actions, generator=generator, **settings)
+def _work_through(
+    work: Work, mine: list[tuple[int, list[int]]], kept: Journal, watch: Callable[[int, int], None] | None
+) -> None:
+    """Measures what the journal does not hold yet of a process's groups."""
+    total = sum(len(numbers) for _, numbers in mine)
+    done = sum((run, number) in kept for run, numbers in mine for number in numbers)
+    if watch is not None:
+        watch(done, total)
+    for run, numbers in mine:
+        # a group that was cut short is done again as a whole: rounding may depend on who is rolled out beside whom
+        if all((run, number) in kept for number in numbers):
+            continue
+        before = time.perf_counter()
+        found = measure(work, run, numbers)
+        seconds = (time.perf_counter() - before) / len(numbers)
+        for record, features in found:
+            if (run, record["video"]) not in kept:
+                kept.append({**record, "seconds": round(seconds, 4)}, features)
+                done += 1
+        if watch is not None:
+            watch(done, total)
 
-        prediction = imagine(actions, video[:, :context_length])
-        values = _sample_values(prediction.video[:, context_length:], truth, num_samples)
-        repeated = frame_metrics(last.expand_as(truth), truth)
-        for row, task in enumerate(names):
-            sums = tasks[task]
-            sums.clips += 1
-            sums.episodes.add(keys[row])
-            for metric in METRICS:
-                sums.add_curve("model", metric, values[metric][row].mean(0))
-                sums.add_curve("repeat_last_frame", metric, repeated[metric][row])
-                sums.best[metric] += float(best_of(values[metric][row], num_samples, HIGHER_IS_BETTER[metric]))
-        _add_rewards(tasks, names, batch, prediction.rewards, num_samples, context_length, horizon)
-        if actions is not None:
-            swapped, has_donor = _swap_actions(actions, keys, names, donors, shuffler)
-            if any(has_donor):
-                other = imagine(swapped, video[:, :context_length])
-                other_values = _sample_values(other.video[:, context_length:], truth, num_samples)
-                for row in (row for row, found in enumerate(has_donor) if found):
-                    tasks[names[row]].paired += 1
-                    for metric in METRICS:
-                        tasks[names[row]].add_followed("own", metric, float(values[metric][row].mean()))
-                        tasks[names[row]].add_followed("shuffled", metric, float(other_values[metric][row].mean()))
 
-    if not tasks:
-        raise ValueError("there is no clip to evaluate: the iterable of batches is empty")
+def _header(work: Work) -> dict[str, Any]:
+    """Everything that decides the numbers."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": name,
-        "context_length": context_length,
-        "horizon": horizon,
-        **{key: settings[key] for key in ("temperature", "top_k", "num_samples")},
-        "seed": seed,
-        "measured": "autoregressive",
-        "device": str(device),
-        "seconds": round(time.perf_counter() - started, 3),
-        "versions": _versions(),
-        "tasks": {task: _summary(sums) for task, sums in sorted(tasks.items())},
-        OVERALL: _summary(_add_up(tasks.values())),
+        "protocol": work.protocol.to_json(),
+        "seed": work.seed,
+        "batch_size": work.batch_size,
+        "model": model_hash(work.model),
+        "data": work.clips.data(),
+        "clips": hashlib.sha256(json.dumps(work.places).encode()).hexdigest(),
+        "networks": work.judges.hashes,
+        "metrics": sorted(work.judges.frames),
+        "device": work.model.device.type,
+        "torch": versions()["torch"],
     }
 
 
-def task_of(key: str) -> str:
-    """Task that an episode's key names: all but its trailing parts of a number or a letter and a number.
-
-    ``door-lock-s7-n030-00012`` is of ``door-lock``; keys that are nothing but numbers are all of one task, "clips".
-    """
-    stem = re.sub(r"((^|[-_/.])[a-z]?\d+)+$", "", key)
-    return stem or "clips"
-
-
-def _device_of(world_model: Any) -> torch.device:
-    parameters: Iterator[Tensor] = world_model.parameters()
-    return next(parameters).device
-
-
-def _floats(video: Tensor) -> Tensor:
-    return video if video.is_floating_point() else video.float() / 255
-
-
-def _sample_values(prediction: Tensor, truth: Tensor, num_samples: int) -> dict[str, Tensor]:
-    """Each metric (B, S, F) of the predicted future frames (B*S, F, C, H, W) against ``truth`` (B, F, C, H, W)."""
-    samples = prediction.unflatten(0, (-1, num_samples))
-    values = [frame_metrics(samples[:, sample], truth) for sample in range(num_samples)]
-    return {metric: torch.stack([value[metric] for value in values], dim=1) for metric in METRICS}
-
-
-def _add_rewards(
-    tasks: dict[str, _Sums],
-    names: list[str],
-    batch: Mapping[str, Any],
-    predicted: Tensor | None,
-    num_samples: int,
-    context_length: int,
-    horizon: int,
-) -> None:
-    if predicted is None or "rewards" not in batch:
-        return
-    means = predicted.double().cpu().unflatten(0, (-1, num_samples)).mean(1)  # (B, F)
-    true = batch["rewards"][:, context_length : context_length + horizon].double().cpu()
-    for row, task in enumerate(names):
-        tasks[task].true_rewards += true[row].tolist()
-        tasks[task].predicted_rewards += means[row].tolist()
-
-
-def _swap_actions(
-    actions: Tensor,
-    keys: list[str],
-    names: list[str],
-    donors: dict[str, list[tuple[str, Tensor]]],
-    shuffler: random.Random,
-) -> tuple[Tensor, list[bool]]:
-    """Actions (B, T, A) of other episodes of each clip's task, and which clips such an episode was found for."""
-    for row, task in enumerate(names):
-        kept = donors[task]
-        entry = (keys[row], actions[row].clone())
-        if len(kept) < DONORS_KEPT:
-            kept.append(entry)
-        else:
-            kept[shuffler.randrange(DONORS_KEPT)] = entry
-    swapped, has_donor = actions.clone(), []
-    for row, task in enumerate(names):
-        others = [given for key, given in donors[task] if key != keys[row] and given.shape == actions[row].shape]
-        has_donor.append(bool(others))
-        if others:
-            swapped[row] = shuffler.choice(others)
-    return swapped, has_donor
-
-
-def _add_up(parts: Iterable[_Sums]) -> _Sums:
-    total = _Sums()
-    for part in parts:
-        total.clips += part.clips
-        total.episodes |= part.episodes
-        total.paired += part.paired
-        total.true_rewards += part.true_rewards
-        total.predicted_rewards += part.predicted_rewards
-        for metric in METRICS:
-            total.best[metric] += part.best[metric]
-        for which, curves in part.curves.items():
-            for metric, values in curves.items():
-                total.add_curve(which, metric, values)
-        for which, sums in part.followed.items():
-            for metric, value in sums.items():
-                total.add_followed(which, metric, value)
-    return total
-
-
-def _summary(sums: _Sums) -> dict[str, Any]:
-    curves = {
-        which: {metric: (values / sums.clips).tolist() for metric, values in by_metric.items()}
-        for which, by_metric in sums.curves.items()
-    }
-    repeated = curves["repeat_last_frame"]
-    return {
-        "clips": sums.clips,
-        "episodes": len(sums.episodes),
-        "model": {metric: total / sums.clips for metric, total in sums.best.items()},
-        "repeat_last_frame": {metric: sum(values) / len(values) for metric, values in repeated.items()},
-        "curves": curves,
-        "shuffled_actions": _following(sums),
-        "reward": _reward_summary(sums.true_rewards, sums.predicted_rewards),
-    }
-
-
-def _following(sums: _Sums) -> dict[str, Any] | None:
-    if not sums.paired:
+def model_hash(model: Any) -> str | None:
+    """SHA-256 of a model's weights, by name, shape, type and content; None for what has no weights."""
+    if not isinstance(model, torch.nn.Module):
         return None
-    own, shuffled = (
-        {metric: total / sums.paired for metric, total in sums.followed[which].items()} for which in ("own", "shuffled")
-    )
-    change = {metric: shuffled[metric] - own[metric] for metric in METRICS}
-    ratio = shuffled["mse"] / own["mse"] if own["mse"] > 0 else None
-    return {"clips": sums.paired, "own": own, "shuffled": shuffled, "change": change, "mse_ratio": ratio}
-
-
-def _reward_summary(true: list[float], predicted: list[float]) -> dict[str, Any] | None:
-    if not true:
-        return None
-    x, y = torch.tensor(true, dtype=torch.float64), torch.tensor(predicted, dtype=torch.float64)
-    return {"frames": len(true), "pearson_r": pearson(x, y), "mse": float((x - y).square().mean())}
-
-
-def pearson(x: Tensor, y: Tensor) -> float | None:
-    """Correlation of ``x`` and ``y`` (N,); None where one of them does not vary (or there are fewer than two)."""
-    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
-    scale = float(x.norm() * y.norm())
-    # rounding leaves a constant with a tiny norm, whose direction means nothing
-    if len(x) < 2 or not scale > 1e-12 * len(x):
-        return None
-    return max(-1.0, min(1.0, float(x @ y) / scale))
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    try:
-        found["ivideogpt"] = version("ivideogpt")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        found["ivideogpt"] = "unknown"
-    return found
-
-
-def write_results(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes ``result`` as JSON, whole or not at all: an older file stays until the new one is complete."""
-    path = Path(path)
-    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's own mode is for its owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def format_table(result: Mapping[str, Any]) -> Table:
-    """Table of a result: a row a task and one for all, the model beside repeating the last frame."""
-    title = f"{result['model'] or 'world model'}: {result['horizon']} frames from {result['context_length']}"
-    table = Table(title=title, caption=f"model / last frame repeated; seed {result['seed']}, {result['seconds']:.0f} s")
-    table.add_column("task")
-    for heading in ("clips", "PSNR dB", "SSIM", "MSE", "MSE, actions shuffled", "reward r"):
-        table.add_column(heading, justify="right")
-    rows = list(result["tasks"].items())
-    for task, entry in rows + ([(OVERALL, result[OVERALL])] if len(rows) > 1 else []):
-        model, repeated = entry["model"], entry["repeat_last_frame"]
-        following, reward = entry["shuffled_actions"], entry["reward"]
-        correlation = None if reward is None else reward["pearson_r"]
-        table.add_row(
-            task,
-            str(entry["clips"]),
-            f"{model['psnr']:.2f} / {repeated['psnr']:.2f}",
-            f"{model['ssim']:.3f} / {repeated['ssim']:.3f}",
-            f"{model['mse']:.5f} / {repeated['mse']:.5f}",
-            "-" if following is None else f"{following['shuffled']['mse']:.5f} ({_times(following['mse_ratio'])})",
-            "-" if correlation is None else f"{correlation:.3f}",
-        )
-    return table
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None or not math.isfinite(ratio) else f"x{ratio:.2f}"
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

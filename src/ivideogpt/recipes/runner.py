@@ -148,7 +148,7 @@ def run(
             if not is_finished(stage.folder):
                 stage.check_sources()
         for stage in stages:
-            if stage.trains or first:  # an evaluation runs in one process only
+            if stage.is_shared or first:
                 stage.run(console if first else Console(quiet=True))
             if first and stage is last:
                 compose_model(stage.folder, output)

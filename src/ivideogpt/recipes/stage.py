@@ -80,6 +80,18 @@ class Stage:
         return trains(self._class("module"))
 
     @property
+    def is_shared(self) -> bool:
+        """Whether all processes take part in the stage: in a training, and in an evaluation on several devices."""
+        trainer = self.config["trainer"]
+        devices = trainer.get("devices") or "auto"
+        if devices in ("auto", -1, "-1"):
+            several = trainer.get("accelerator", "auto") != "cpu" and torch.cuda.device_count() > 1
+        else:
+            numbers = devices.split(",") if isinstance(devices, str) and "," in devices else devices
+            several = (len(numbers) if isinstance(numbers, list) else int(numbers)) > 1
+        return self.trains or several or trainer.get("num_nodes", 1) > 1
+
+    @property
     def makes_world_model(self) -> bool:
         """Whether a whole world model comes out of the stage."""
         return self.trains and "transformer" in part_arguments(self._class("module")).values()
