@@ -21,7 +21,8 @@ from torch import Tensor
 if not __package__:  # run as a file: the folder above holds the package `benchmarks`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ivideogpt.commands.clips import ClipSet
+from ivideogpt.metrics.clips import ClipSet
+from ivideogpt.metrics.protocols import EvaluationProtocol
 
 import ivideogpt
 from benchmarks import common
@@ -167,7 +168,8 @@ def main(words: list[str] | None = None) -> int:
     out = args.out or Path(__file__).parent / "results" / f"decoding-{args.device}.json"
     device = torch.device(args.device)
     wm = ivideogpt.from_pretrained(args.model, device=device)
-    clips = ClipSet(args.data, wm, args.horizon, limit=args.clips)
+    protocol = EvaluationProtocol(horizon=args.horizon).settled(wm.config)
+    clips = ClipSet.open(args.data, protocol).at_most(args.clips)
     batch = clips.batch(list(range(len(clips))))
     batch = {
         "video": (torch.as_tensor(batch["video"]).float() / 255).to(device),
