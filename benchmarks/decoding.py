@@ -21,11 +21,10 @@ from torch import Tensor
 if not __package__:  # run as a file: the folder above holds the package `benchmarks`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ivideogpt.metrics.clips import ClipSet
-from ivideogpt.metrics.protocols import EvaluationProtocol
-
 import ivideogpt
 from benchmarks import common
+from ivideogpt.metrics.clips import ClipSet
+from ivideogpt.metrics.protocols import EvaluationProtocol
 from ivideogpt.metrics.video import frame_metrics
 from ivideogpt.rollout import Speculation
 from ivideogpt.rollout.choice import decoder_for

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ivideogpt.rollout import Rollout, rollout
+from ivideogpt.rollout import Rollout
 from ivideogpt.rollout import engine as engine_module
 
 Build = Callable[..., Any]

@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 from importlib import resources
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,11 +147,12 @@ def _normalize(x: Tensor) -> Tensor:
 
 def _backbone(network: str, weights: Weights) -> nn.Sequential:
     """The network's layers up to the last that is compared, with the file's weights."""
+    import timm
     import torchvision
 
-    build = {"vgg": torchvision.models.vgg16, "alex": torchvision.models.alexnet}[network]
     with torch.device("meta"):  # the classifier's weights, nine tenths of all, are never made
-        layers = build(weights=None).features[: TAPS[network][-1] + 1]
+        whole: Any = timm.create_model("vgg16") if network == "vgg" else torchvision.models.alexnet(weights=None)
+        layers: nn.Sequential = whole.features[: TAPS[network][-1] + 1]
     for layer in layers:
         if isinstance(layer, nn.ReLU):
             layer.inplace = False  # activations are kept and compared
