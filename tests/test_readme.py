@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -79,7 +80,7 @@ def test_the_commands_run(
         words = [*shlex.split(line)[1:], *extra]
         monkeypatch.setattr(sys, "argv", ["ivideogpt", *words])
         assert cli.main(words) == 0, f"{line}\n{capfd.readouterr().err}"
-    written = {"rollout.gif", "results.json", "my_data", "my_run", "my_results.json"}
+    written = {"rollout.gif", "results.json", "my_data", "my_run", "my_results.json", "tuned.html"}
     assert written <= {path.name for path in Path().iterdir()}
 
 
@@ -110,6 +111,19 @@ def test_the_python_prints_what_it_says(nano: Path, capsys: pytest.CaptureFixtur
 
 def test_the_table_of_commands_is_complete() -> None:
     assert re.findall(r"^\| `ivideogpt (\w+)", README, flags=re.MULTILINE) == list(cli.COMMANDS)
+
+
+def test_the_results_are_those_of_their_files() -> None:
+    number = r"(-?[\d.]+)"
+    row = rf"\[result\]\((.*?\.json)\)\) \| {number} \({number} to {number}\) \| {number} \| {number} \| {number} \|"
+    found = re.findall(row, README)
+    assert len(found) == 3
+    for file, *shown in found:
+        overall = json.loads((ROOT / file).read_text())["overall"]
+        low, high = overall["interval"]["psnr"]
+        values = [overall["model"]["psnr"], low, high, overall["model"]["ssim"], overall["repeat_last_frame"]["psnr"]]
+        values.append(overall["reward"]["pearson_r"])
+        assert shown == [f"{value:.{digits}f}" for value, digits in zip(values, (2, 2, 2, 3, 2, 2), strict=True)], file
 
 
 def test_the_zoo_table_says_what_the_registry_says() -> None:
