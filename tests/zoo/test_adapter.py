@@ -140,6 +140,21 @@ def test_a_new_action_space_goes_with_the_adapter(tiny_world_model: Callable[...
     assert (other.config.action_dim, other.extras) == (2, {})
 
 
+def test_an_adapter_of_a_model_of_several_embodiments_has_one_action_space(adapted: Callable[..., Adapted]) -> None:
+    from ivideogpt.models.action_layers import ActionLayers
+    from ivideogpt.zoo.checkpoint import save_parts
+
+    saved = adapted(None, True)
+    base = load_parts(saved.base)
+    base.action_layers = ActionLayers({"one": 2, "other": 3}, base.transformer.config.embed_dim)
+    save_parts(saved.base, base)
+    assert load_parts(saved.base).action_layers is not None
+    assert load_parts(saved.folder).action_layers is None
+    assert_same(WorldModel.from_pretrained(saved.folder), saved)
+    with pytest.raises(ValueError, match=r"is an adapter, with one action space at most; leave out 'one'"):
+        load_parts(saved.folder, action_space="one")
+
+
 def test_context_length_and_dtype(adapted: Callable[..., Adapted]) -> None:
     saved = adapted()
     assert WorldModel.from_pretrained(saved.folder, context_length=1).config.context_length == 1

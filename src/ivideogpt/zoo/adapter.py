@@ -167,7 +167,7 @@ def load_adapted(folder: Path, device: torch.device, dtype: torch.dtype | None, 
             module.to(dtype=dtype or torch.float32).eval()
     parts.extras = {name: value for name, value in extras.items() if name != "adapter_base"}
     parts.published = replace(parts.published, recipe=adapter.recipe)
-    parts.adapter = adapter
+    parts.action_layers, parts.adapter = None, adapter  # several layers of the base were not trained with the rest
     return parts
 
 

@@ -200,6 +200,8 @@ def load_parts(
     if (folder / ADAPTER_CONFIG).is_file():
         from ivideogpt.zoo.adapter import load_adapted
 
+        if action_space is not None:
+            raise ValueError(f"{folder} is an adapter, with one action space at most; leave out {action_space!r}")
         parts = load_adapted(folder, wanted_device, wanted_dtype, context_length)
         if action_dim is not None and action_dim != parts.config.action_dim:
             _renew_action_layer(parts.transformer, action_dim, folder)
