@@ -47,7 +47,7 @@ def test_recipe_is_built(name: str, shards: dict[str, str], tmp_path: Path) -> N
         for part, spec in content["module"]["init_args"].items():
             if isinstance(spec, dict) and str(spec.get("from")).startswith("ivideogpt-"):
                 words.append(f"{stage}.module.{part}.from={tmp_path / 'start'}")
-        if "action_spaces" in content["module"]["init_args"]:
+        if content["module"]["init_args"].get("action_spaces"):
             words.append(f'{stage}.module.action_spaces={{"*": 4}}')
         if "horizon" in content["module"]["init_args"]:
             words += [f"{stage}.module.horizon=1", f"{stage}.module.runs=1", f"{stage}.module.protocol=custom"]
