@@ -17,7 +17,6 @@ from ivideogpt.training import TokenizerModule, TransformerModule
 from ivideogpt.training.frozen_tokenizer import FrozenTokenizer
 from ivideogpt.training.optim import adamw
 
-
 # torch reads a gradient while it traces, and silences the warning itself where warnings are no errors
 COMPILING = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
 
