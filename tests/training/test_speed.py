@@ -17,6 +17,9 @@ from ivideogpt.training import TokenizerModule, TransformerModule
 from ivideogpt.training.frozen_tokenizer import FrozenTokenizer
 from ivideogpt.training.optim import adamw
 
+# torch reads a gradient while it traces, and silences the warning itself where warnings are no errors
+COMPILING = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
+
 
 def video(frames: int = 5, size: int = 32) -> Tensor:
     return torch.rand(2, frames, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -111,6 +114,7 @@ def test_a_frozen_tokenizer_in_bfloat16_gives_nearly_the_same_ids_and_stays_as_i
 
 
 @pytest.mark.slow
+@COMPILING
 def test_compiled_blocks_compute_the_same_under_the_same_names(tiny_world_model) -> None:
     import torch._dynamo
 
@@ -154,7 +158,8 @@ def test_compiled_blocks_compute_the_same_under_the_same_names(tiny_world_model)
 
 
 @pytest.mark.slow
-def test_a_compiled_tokenizer_computes_the_same(tiny_world_model, data, trainer) -> None:
+@COMPILING
+def test_a_compiled_tokenizer_computes_the_same(tiny_world_model) -> None:
     tokenizer = tiny_world_model().tokenizer
     names, clip = list(tokenizer.state_dict()), video(4)
     for block in tokenizer.modules():  # random numbers come in another order from a compiled graph
@@ -175,6 +180,3 @@ def test_a_compiled_tokenizer_computes_the_same(tiny_world_model, data, trainer)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-5)
     assert list(tokenizer.state_dict()) == names
-    run = trainer(max_steps=2)
-    run.fit(module, datamodule=data(use_actions=False, use_rewards=False))
-    assert run.callback_metrics["val/psnr"] > 0
