@@ -77,7 +77,8 @@ class PositionDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Position, seed and what the clips are drawn from, for the checkpoint."""
-        return {"position": self.position, "seed": self.seed, "clips": self.clips_digest()}
+        digest = self.clips_digest()
+        return {"position": self.position, "seed": self.seed} | ({"clips": digest} if digest else {})
 
     def clips_digest(self) -> str:
         """Of everything beside the seed that decides which clip comes when; empty where a subclass does not say."""
