@@ -58,7 +58,7 @@ def test_evaluation_writes_results_and_examples(tiny_world_model, data, trainer,
     run.test(module, datamodule=data(), verbose=False)
     results = read_json(tmp_path / "results.json")
     assert results["overall"]["clips"] == 4
-    assert results["horizon"] == 2
+    assert results["protocol"]["horizon"] == 2
     assert results["model"] == "tiny"
     assert run.callback_metrics["test/psnr"] == pytest.approx(results["overall"]["model"]["psnr"])
     assert {path.name for path in tmp_path.iterdir()} >= {"examples.png", "examples.gif"}
