@@ -38,6 +38,7 @@ def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> No
         help="zoo name, folder or Hub id" + (f" (default: {default})" if default else ""),
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    parser.add_argument("--action-space", metavar="NAME", help="of a model of several robots: whose actions are given")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="convert the weights (default: float32)")
 

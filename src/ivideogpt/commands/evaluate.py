@@ -109,7 +109,9 @@ def run(args: argparse.Namespace) -> None:
         device = args.device
         if device == "cuda" and "LOCAL_RANK" in os.environ:
             device = f"cuda:{local_rank}"
-        wm = ivideogpt.from_pretrained(args.model, revision=args.revision, device=device, dtype=args.dtype)
+        wm = ivideogpt.from_pretrained(
+            args.model, revision=args.revision, device=device, dtype=args.dtype, action_space=args.action_space
+        )
         clips = ClipSet.open(args.data, asked.settled(wm.config))
         if args.limit is not None:
             clips = clips.at_most(args.limit)
@@ -131,6 +133,8 @@ def run(args: argparse.Namespace) -> None:
         return
     result["notes"] += args.note
     result["command"] = shlex.join(["ivideogpt", *sys.argv[1:]])
+    if args.out is not None:  # before anything that could go wrong
+        write_results(result, args.out)
     show(console, result)
     if args.explain:
         with watching(console, "explain") as watch:

@@ -56,7 +56,9 @@ def run(args: argparse.Namespace) -> None:
     from ivideogpt.drawing import save_comparison
     from ivideogpt.metrics.video import mse, psnr, ssim
 
-    wm = ivideogpt.from_pretrained(args.model, revision=args.revision, device=args.device, dtype=args.dtype)
+    wm = ivideogpt.from_pretrained(
+        args.model, revision=args.revision, device=args.device, dtype=args.dtype, action_space=args.action_space
+    )
     t0 = wm.config.context_length
     horizon = args.horizon or _default_horizon(len(episode) - args.start - t0, wm)
     stop = args.start + t0 + horizon

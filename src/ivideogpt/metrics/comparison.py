@@ -1,4 +1,4 @@
-"""Comparison of two results: whether their difference is larger than chance, by a paired bootstrap over videos.
+"""Comparison of two results: whether their difference is larger than chance, by a paired bootstrap over episodes.
 
 Both models were measured on the same videos, so the difference is taken video by video, which removes what makes some
 videos harder than others. N videos, M metrics.
@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ivideogpt.metrics.bootstrap import RESAMPLES, bootstrap_means
+from ivideogpt.metrics.bootstrap import FEWEST, LEVEL, RESAMPLES, bootstrap_means, num_episodes
 from ivideogpt.metrics.judges import HIGHER_IS_BETTER
 from ivideogpt.metrics.protocols import differing_fields
 from ivideogpt.metrics.results import OVERALL
-
-LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Difference:
     def verdict(self) -> str:
         """In words."""
         if self.real is None:
-            return "no values of single videos: nobody can tell"
+            return "too few videos, or no values of single ones: nobody can tell"
         if not self.real:
             return "no larger than chance"
         return "the second is better" if self.better else "the first is better"
@@ -90,7 +88,10 @@ def compare(
         for result in (first, second)
     ]
     changes = values[1] - values[0]  # (N, M)
-    means = bootstrap_means(changes, resamples, seed)
+    episodes = [video["key"] for video in first["videos"]]
+    if num_episodes(episodes) < FEWEST:
+        with_videos = []
+    means = bootstrap_means(changes, resamples, seed, episodes)
     tail = (1 - LEVEL) / 2
     ends = np.quantile(means, [tail, 1 - tail], axis=0)
     found = []

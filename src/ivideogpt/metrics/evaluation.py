@@ -12,7 +12,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ivideogpt.metrics.judges import Judges, judges_for
 from ivideogpt.metrics.measuring import BATCH_SIZE, Clips, RollsOut, Work, measure
 from ivideogpt.metrics.protocols import EvaluationProtocol
 from ivideogpt.metrics.results import SCHEMA_VERSION, assemble, versions
+from ivideogpt.zoo.checkpoint import Parts
 
 
 def evaluate(
@@ -154,8 +155,26 @@ def model_hash(model: Any) -> str | None:
     """SHA-256 of a model's weights, by name, shape, type and content; None for what has no weights."""
     if not isinstance(model, torch.nn.Module):
         return None
+    extras, head = getattr(model, "extras", {}), getattr(model, "reward_head", None)
+    return weights_hash(model.state_dict(), extras, head.config.transform if head is not None else None)
+
+
+def parts_hash(parts: Parts) -> str:
+    """:func:`model_hash` of a world model by its parts."""
+    modules = {"tokenizer": parts.tokenizer, "transformer": parts.transformer, "reward_head": parts.reward_head}
+    state = {f"{name}.{key}": t for name, m in modules.items() if m is not None for key, t in m.state_dict().items()}
+    return weights_hash(state, parts.extras, parts.reward_head.config.transform if parts.reward_head else None)
+
+
+def weights_hash(state: Mapping[str, torch.Tensor], extras: Mapping[str, Any], reward_transform: str | None) -> str:
+    """SHA-256 of weights, and of what else decides a model's predictions where it is not the usual."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    settings = {name: extras[name] for name in ("action_mean", "action_std") if name in extras}
+    if reward_transform not in (None, "symlog"):
+        settings["reward_transform"] = reward_transform
+    if settings:
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         plain = tensor.detach().cpu().contiguous()
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)

@@ -94,11 +94,11 @@ def _lead(result: Mapping[str, Any]) -> str:
     value, last = overall["model"][metric], overall["repeat_last_frame"].get(metric)
     label = LABELS.get(metric, metric).split(",")[0]
     unit = " dB" if metric == "psnr" else ""
-    text = f"Predicting {protocol['horizon']} frames from {protocol['context_length']} on {overall['clips']} held-out "
+    text = f"Predicting {protocol['horizon']} frames from {protocol['context_length']} on {overall['clips']} "
     text += f"clips: {label} {number(metric, value)}{unit}"
     if metric in overall["interval"]:
         low, high = overall["interval"][metric]
-        text += f" (95 % of bootstraps over clips: {number(metric, low)} to {number(metric, high)})"
+        text += f" (95 % of bootstraps over episodes: {number(metric, low)} to {number(metric, high)})"
     if last is not None:
         worse = (value > last) == HIGHER_IS_BETTER[metric]
         text += f", {number(metric, abs(value - last))}{unit} {'better' if worse else 'worse'} than repeating the last "

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ivideogpt.metrics.bootstrap import interval
+from ivideogpt.metrics.bootstrap import interval, num_episodes
 from ivideogpt.metrics.frechet_results import frechet_summary
 from ivideogpt.metrics.journal import Journal
 from ivideogpt.metrics.judges import HIGHER_IS_BETTER, Judges
@@ -53,8 +53,9 @@ def assemble(
             f"{still} of {len(places)} clips do not move at all: repeating the last frame is perfect there, "
             f"which PSNR counts as 100 dB"
         )
-    if len(places) < 30:
-        notes.append(f"an interval over {len(places)} videos is itself uncertain")
+    episodes = num_episodes([key for key, _, _ in places])
+    if episodes < 30:
+        notes.append(f"an interval over {episodes} episodes is itself uncertain")
     if protocol.greedy:
         notes.append("argmax draws nothing: one sample and one run stand for all")
     if judges.features is not None:
@@ -112,7 +113,9 @@ def _summary(values: _Values, numbers: list[int]) -> dict[str, Any]:
     best = {m: values.best[m][:, numbers] for m in metrics}  # (R, N)
     curves = {m: values.curve[m][:, numbers].mean(0) for m in metrics}  # (N, F)
     repeated = {m: values.repeat[m][numbers] for m in metrics}
-    ends = interval(np.concatenate([np.stack([best[m].mean(0) for m in metrics], 1), *curves.values()], axis=1))
+    episodes = [values.records[0][number]["key"] for number in numbers]
+    wanted = np.concatenate([np.stack([best[m].mean(0) for m in metrics], 1), *curves.values()], axis=1)
+    ends = interval(wanted, episodes=episodes)
     frames = curves[metrics[0]].shape[1]
     low_high = {m: ends[:, len(metrics) + i * frames : len(metrics) + (i + 1) * frames] for i, m in enumerate(metrics)}
     records = [[run[number] for number in numbers] for run in values.records]
@@ -121,7 +124,8 @@ def _summary(values: _Values, numbers: list[int]) -> dict[str, Any]:
         "episodes": len({record["key"] for record in records[0]}),
         "model": {m: float(best[m].mean()) for m in metrics},
         "std_over_runs": {m: float(best[m].mean(1).std(ddof=1)) if runs > 1 else None for m in metrics},
-        "interval": {m: ends[:, index].tolist() for index, m in enumerate(metrics)},
+        # of one episode nothing is known of others
+        "interval": {m: ends[:, i].tolist() for i, m in enumerate(metrics)} if num_episodes(episodes) > 1 else {},
         "runs": {m: best[m].mean(1).tolist() for m in metrics},
         "mean_of_samples": {m: float(values.mean[m][:, numbers].mean()) for m in metrics},
         "repeat_last_frame": {m: float(repeated[m].mean()) for m in metrics},
@@ -143,7 +147,7 @@ def _following(records: list[list[dict[str, Any]]], metrics: list[str]) -> dict[
     pairs = np.array([[[run[number]["shuffled"][m] for m in metrics] for number in rows] for run in records])
     pairs = pairs.mean(0)  # (N, M, 2)
     own, shuffled = ({m: float(pairs[:, i, which].mean()) for i, m in enumerate(metrics)} for which in (0, 1))
-    ends = interval(pairs[..., 1] - pairs[..., 0])
+    ends = interval(pairs[..., 1] - pairs[..., 0], episodes=[records[0][number]["key"] for number in rows])
     return {
         "clips": len(rows),
         "own": own,
@@ -246,4 +250,24 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     for name, kind in (("protocol", dict), ("videos", list), (OVERALL, dict), ("tasks", dict)):
         if not isinstance(found.get(name), kind):
             raise ValueError(f"{path} is damaged: it has no {name!r}")
+    try:
+        _check_sums(found)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or was changed: {error}") from error
     return found
+
+
+def _check_sums(found: Mapping[str, Any]) -> None:
+    """Raises ValueError where what is said of all videos is not what the videos give."""
+    hashes = found["hashes"]
+    _ = [dict(hashes["networks"]), {name: dict(shards) for name, shards in hashes["data"].items()}]
+    for video in found["videos"]:
+        _ = (str(video["key"]), int(video["start"]))
+    for metric, value in found[OVERALL]["model"].items():
+        if metric not in found["videos"][0]["best"]:
+            continue  # of all videos together
+        values = np.array([video["best"][metric] for video in found["videos"]], np.float64)
+        if not np.isfinite(values).all() or not math.isclose(values.mean(), value, rel_tol=1e-5, abs_tol=1e-9):
+            raise ValueError(f"{metric} is {value} for all videos, and the videos give {values.mean():.7g}")

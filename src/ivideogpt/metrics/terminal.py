@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -23,7 +24,7 @@ def protocol_table(protocol: EvaluationProtocol) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     for name, text in protocol.rows():
-        table.add_row(name, text)
+        table.add_row(name, escape(str(text)))
     return table
 
 
@@ -34,10 +35,10 @@ def result_table(result: Mapping[str, Any]) -> Table:
     title = f"{result['model'] or 'world model'}: {protocol['horizon']} frames from {protocol['context_length']}"
     caption = f"protocol {protocol['name']}, {overall['clips']} clips, {runs} run{'s' * (runs > 1)}, "
     caption += f"seed {result['seed']}, {result['seconds']:.0f} s"
-    table = Table(title=title, caption=caption)
+    table = Table(title=escape(title), caption=escape(caption))
     table.add_column("metric")
     table.add_column(f"best of {samples}" if samples > 1 else "model", justify="right")
-    for heading in ("± runs", "95 % over videos", "mean of samples", "last frame", "with another clip's actions"):
+    for heading in ("± runs", "95 % over episodes", "mean of samples", "last frame", "with another clip's actions"):
         table.add_column(heading, justify="right")
     following = overall["shuffled_actions"]
     for metric, value in overall["model"].items():
@@ -69,7 +70,7 @@ def task_table(result: Mapping[str, Any]) -> Table | None:
         following, reward = entry["shuffled_actions"], entry["reward"]
         correlation = None if reward is None else reward["pearson_r"]
         table.add_row(
-            task,
+            escape(task),
             str(entry["clips"]),
             *(
                 f"{number(metric, entry['model'][metric])} / {number(metric, entry['repeat_last_frame'].get(metric))}"
@@ -121,8 +122,8 @@ def comparison_table(differences: Sequence[Difference], first: Mapping[str, Any]
     """A row a metric: both results, their difference with its interval, and what that means."""
     names = [str(result["model"] or "world model") for result in (first, second)]
     title = f"{names[0]} against {names[1]}" if names[0] != names[1] else f"{names[0]}, measured twice"
-    caption = f"protocol {first['protocol']['name']}, {len(first['videos'])} videos, paired bootstrap over videos"
-    table = Table(title=title, caption=caption)
+    caption = f"protocol {first['protocol']['name']}, {len(first['videos'])} videos, paired bootstrap over episodes"
+    table = Table(title=escape(title), caption=escape(caption))
     table.add_column("metric")
     for heading in ("first", "second", "change", "95 % of the change", "p", "second better in"):
         table.add_column(heading, justify="right")

@@ -86,15 +86,16 @@ def ssim(prediction: Tensor, truth: Tensor) -> Tensor:
     prediction, truth = _check(prediction, truth)
     if min(prediction.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs frames of at least {SSIM_WINDOW} pixels a side, got {tuple(prediction.shape)}")
+    # in float64: variances are differences of nearly equal numbers where frames are flat
     _, full = structural_similarity_index_measure(
-        prediction.flatten(0, 1), truth.flatten(0, 1), sigma=SSIM_SIGMA, kernel_size=SSIM_WINDOW, data_range=1.0,
-        reduction="none", return_full_image=True,
+        prediction.flatten(0, 1).double(), truth.flatten(0, 1).double(), sigma=SSIM_SIGMA, kernel_size=SSIM_WINDOW,
+        data_range=1.0, reduction="none", return_full_image=True,
     )  # fmt: skip
     # torchmetrics pads by reflection and, since 1.8, counts the border too: cut it off in any version
     assert isinstance(full, Tensor) and full.shape[-2:] == prediction.shape[-2:]
     border = SSIM_WINDOW // 2
     inside = full[:, :, border : full.shape[2] - border, border : full.shape[3] - border]
-    return inside.mean(dim=(1, 2, 3)).unflatten(0, prediction.shape[:2])
+    return inside.mean(dim=(1, 2, 3)).unflatten(0, prediction.shape[:2]).to(prediction.dtype)
 
 
 def best_of(values: Tensor, num_samples: int, higher_is_better: bool = True) -> Tensor:

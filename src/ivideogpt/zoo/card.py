@@ -12,6 +12,7 @@ import html
 import json
 import re
 from collections.abc import Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +30,10 @@ ROLLOUT = "rollout.gif"
 """Name of the animation that it shows."""
 MARKER = "<!-- Rendered by ivideogpt. A card without this line was written by hand, and pushing keeps it. -->"
 _TAGS = ["world-model", "video-prediction", "robotics", "ivideogpt"]
-_ACTIVE = re.compile(
-    r"<\s*/?\s*(script|iframe|object|embed|form|base|style|link|meta|svg)\b|<[^>]*\son\w+\s*=|(javascript|vbscript)\s*:"
-    r"|data\s*:\s*text/html|!!python/",
-    re.IGNORECASE,
-)
+_ACTIVE = re.compile(r"(javascript|vbscript):|data:text/html|!!python/|<script|\bon(error|load|click)=", re.IGNORECASE)
+_ACTIVE_TAGS = ("script", "iframe", "object", "embed", "form", "base", "style", "link", "meta", "svg", "math")
+LONGEST_CARD, MOST_TAGS = 2**18, 2000
+"""Characters of a card, and `<` in it, that are read at all."""
 
 
 def entry_card(entry: ZooEntry, results: Sequence[CardResults] = (), repo_id: str | None = None) -> str:
@@ -60,6 +60,7 @@ def entry_card(entry: ZooEntry, results: Sequence[CardResults] = (), repo_id: st
     return _render(
         title=entry.name,
         load_name=repo_id or entry.name,
+        load_more="",
         summary=entry.summary,
         facts=facts,
         context_shape=(entry.context_length, 3, entry.resolution, entry.resolution),
@@ -104,27 +105,30 @@ def variant_card(
     config, extras = parts.config, parts.extras
     modules = {"tokenizer": parts.tokenizer, "transformer": parts.transformer, "reward head": parts.reward_head}
     counts = {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items() if m is not None}
-    base_name = extras.get("base_model")
+    adapter = parts.adapter.base.get("model") if parts.adapter is not None else None
+    base_name = adapter or extras.get("base_model")
     base = find_entry(base_name) if base_name else None
     licence = licence or (base.licence if base else None)
     facts: dict[str, Any] = {
         "Resolution": f"{config.tokenizer.resolution} x {config.tokenizer.resolution}",
         "Context frames": config.context_length,
-        "Actions": f"{config.action_dim} numbers a frame" if config.action_dim else "none",
+        "Actions": _actions(parts),
         "Rewards": "predicted" if config.reward_head else "none",
         "Parameters": ", ".join(f"{part} {count:,}" for part, count in counts.items()),
         "Licence of the weights": licence.upper() if licence else "not stated",
         "Input": json.dumps(extras["preprocessing"]) if extras.get("preprocessing") else "not recorded",
     }
     recipe = f"`recipe.yaml` beside the weights ({extras.get('recipe', 'unnamed')}); `lightning run {repo_id}` runs it"
-    frame = config.tokenizer
+    frame, layers = config.tokenizer, parts.action_layers
+    space = next(iter(layers.spaces)) if layers is not None else ""
     return _render(
         title=repo_id.split("/")[-1],
         load_name=repo_id,
+        load_more=f", action_space={json.dumps(space)}" if space else "",
         summary=f"World model in the iVideoGPT layout, {facts['Resolution']} pixels.",
         facts=facts,
         context_shape=(config.context_length, frame.in_channels, frame.resolution, frame.resolution),
-        action_dim=config.action_dim,
+        action_dim=layers.spaces[space] if layers is not None else config.action_dim,
         data=data,
         training={
             "Started from": f"`{base_name}`" if base_name else "not recorded",
@@ -137,20 +141,50 @@ def variant_card(
         limits=[],
         failures=[],
         rollout=rollout,
-        metadata=_metadata(repo_id.split("/")[-1], licence, results, base_name, [*datasets, *_hub_ids(base)]),
+        metadata=_metadata(
+            repo_id.split("/")[-1], licence, results, base_name, [*datasets, *_hub_ids(base)], adapter is not None
+        ),
     )
 
 
+def _actions(parts: Parts) -> str:
+    if parts.action_layers is not None:
+        spaces = ", ".join(f"`{name}` ({size})" for name, size in parts.action_layers.spaces.items())
+        return f"of several spaces, one of which `from_pretrained(..., action_space=NAME)` takes: {spaces}"
+    return f"{parts.config.action_dim} numbers a frame" if parts.config.action_dim else "none"
+
+
 def check_card(text: str, where: object) -> None:
-    """Refuses a card with a script, or anything else that runs or loads something; code blocks may show it.
+    """Refuses a card with a script, or anything else that runs or loads something, be it inside of a code block.
 
     Raises:
         ValueError: quoting it.
     """
-    shown = re.sub(r"^(```+|~~~+).*?^\1|`[^`\n]+`", "", text, flags=re.MULTILINE | re.DOTALL)
-    found = _ACTIVE.search(shown)
+    if len(text) > LONGEST_CARD or text.count("<") > MOST_TAGS:
+        raise ValueError(f"{where} has {len(text):,} characters and {text.count('<'):,} '<', more than a card needs")
+    reader = _Tags()
+    reader.feed(text)
+    reader.close()
+    found = reader.found or _ACTIVE.search(re.sub(r"[\s\x00-\x1f]+", "", html.unescape(text)))
     if found:
-        raise ValueError(f"{where} holds {found.group()[:60]!r}, which can run a script; a model card needs none")
+        what = found if isinstance(found, str) else found.group()
+        raise ValueError(f"{where} holds {what[:60]!r}, which can run a script; a model card needs none")
+
+
+class _Tags(HTMLParser):
+    """Finds the first tag or attribute that runs or loads something, as a browser would read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = [name for name, _ in attrs]
+        active = [name for name in names if name.startswith("on") or name in ("srcdoc", "formaction", "style")]
+        if tag in _ACTIVE_TAGS or active:
+            self.found = self.found or f"<{tag} {' '.join(active)}".strip()
+
+    handle_startendtag = handle_starttag
 
 
 def _render(**values: Any) -> str:
@@ -175,6 +209,7 @@ def _metadata(
     results: Sequence[CardResults],
     base_model: str | None,
     datasets: Sequence[str],
+    is_adapter: bool = False,
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -196,7 +231,9 @@ def _metadata(
     base_id = base.hub_id if base else base_model
     if base_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base_id):
         base_id = None  # a model inside of this package, which has no page to link to
-    extra: dict[str, Any] = {"base_model": base_id, "base_model_relation": "finetune"} if base_id else {}
+    extra: dict[str, Any] = (
+        {"base_model": base_id, "base_model_relation": "adapter" if is_adapter else "finetune"} if base_id else {}
+    )
     data = ModelCardData(
         license=licence,
         library_name="ivideogpt",

@@ -128,6 +128,25 @@ def push_parts(
             return _upload(folder, files, repo_id, private, revision, tag, commit_message, card is not None, token)
 
 
+def check_results(path: Path, parts: Parts) -> None:
+    """Refuses results that are not of these weights, or whose sums are not those of their videos.
+
+    Raises:
+        ValueError: saying which.
+    """
+    from ivideogpt.metrics.evaluation import parts_hash
+    from ivideogpt.metrics.results import read_results
+
+    if read_json(path).get("schema_version") == 1:  # which knew no hashes
+        return
+    measured = read_results(path)["hashes"].get("model")
+    if measured is not None and measured != parts_hash(parts):
+        raise ValueError(
+            f"{path} is of other weights than these (SHA-256 {str(measured)[:12]}...): measure this model, in float32, "
+            "with `ivideogpt evaluate`"
+        )
+
+
 def prepare(
     folder: Path,
     parts: Parts,
@@ -141,7 +160,7 @@ def prepare(
     Raises:
         ValueError: if something may not be published, naming it.
     """
-    parts = _public(parts)
+    given, parts = parts, _public(parts)
     save_for_hub(folder, parts)
     results = []
     for name, source in sorted(evidence.results.items()):
@@ -150,6 +169,7 @@ def prepare(
         text = json.dumps(without_paths_in(read_json(source)), indent=2, ensure_ascii=False)
         target.write_text(text + "\n", encoding="utf-8")
         results.append(read_card_results(target))
+        check_results(source, given)
     rollout = None
     if evidence.rollout is not None:
         _copy_rollout(evidence.rollout, folder / ROLLOUT)

@@ -109,6 +109,8 @@ def _fetch_adapter(repo_id: str, revision: str | None, sizes: Mapping[str, int],
     for file in small:
         _check_small(repo_id, file, sizes)
     folder: Path = patiently(lambda: snapshot(small, revision), tries=2)
+    if (folder / CARD).is_file():
+        _refusing(repo_id, lambda: check_card((folder / CARD).read_text(encoding="utf-8", errors="replace"), CARD))
     _refusing(repo_id, lambda: read_config(folder / ADAPTER_CONFIG))
     base = _refusing(repo_id, lambda: read_side_file(folder)).get("adapter_base")
     _refusing(repo_id, lambda: check_reachable(base))
