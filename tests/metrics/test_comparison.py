@@ -36,10 +36,42 @@ def test_means_are_of_whole_videos_and_the_seed_decides() -> None:
     means = bootstrap_means(values, 500, seed=3)
     np.testing.assert_allclose(means[:, 1] - means[:, 0], 10.0)  # both columns of a video are drawn together
     np.testing.assert_array_equal(means, bootstrap_means(values, 500, seed=3))
-    assert set(np.unique((3 * means[:, 0]).round()).tolist()) == set(range(7))  # all 27 draws give sums 0 to 6
+    stretch = 4.303 / 1.96 * 1.5**0.5  # Student's for two degrees of freedom, and the bootstrap's own bias
+    sums = 3 * ((means[:, 0] - 1) / stretch + 1)
+    assert set(np.unique(sums.round(6)).tolist()) == set(range(7))  # all 27 draws give sums 0 to 6
     assert interval(values[:1]).tolist() == [[0.0, 10.0], [0.0, 10.0]]
     with pytest.raises(ValueError, match=r"at least one video, got shape \(0, 2\)"):
         bootstrap_means(np.empty((0, 2)))
+
+
+def test_clips_of_an_episode_are_drawn_together() -> None:
+    values = np.repeat(np.random.default_rng(0).normal(size=(16, 1)), 3, axis=0)  # three clips that are all alike
+    episodes = np.repeat(np.arange(16), 3).tolist()
+    whole = interval(values, episodes=episodes)
+    np.testing.assert_allclose(whole, interval(values[::3]))  # as if there were one of each
+    assert np.ptp(whole) > 1.5 * np.ptp(interval(values))
+    uneven = bootstrap_means(np.array([[0.0], [0.0], [0.0], [4.0]]), 4000, episodes=["a", "a", "a", "b"])
+    assert uneven.mean() == pytest.approx(1.0, abs=6)  # means over clips, whatever episodes were drawn
+
+
+@pytest.mark.parametrize("count", [5, 8, 16, 40])
+def test_intervals_hold_what_they_promise(count: int) -> None:
+    """Of two models that are alike, one in twenty comparisons may say otherwise, with few episodes as with many."""
+    rng = np.random.default_rng(count)
+    wrong = 0
+    for trial in range(400):
+        changes = rng.normal(size=(count, 1)).repeat(3, axis=0) + 0.5 * rng.normal(size=(3 * count, 1))
+        episodes = np.repeat(np.arange(count), 3).tolist()
+        low, high = interval(changes, resamples=400, seed=trial, episodes=episodes)[:, 0]
+        wrong += not low <= 0 <= high
+    assert wrong / 400 < 0.085
+
+
+def test_few_episodes_tell_nothing(measured: Measured) -> None:
+    clips = MemoryClips(["push"] * 4)
+    first, second = (measured(Integrator(noise=noise), clips, {"name": str(noise)}) for noise in (0.004, 0.001))
+    assert [one.real for one in compare(first, second)] == [None] * len(compare(first, second))
+    assert "too few videos" in compare(first, second)[0].verdict
 
 
 def test_many_videos_do_not_fill_the_memory() -> None:
@@ -164,7 +196,7 @@ def printed(*tables: Any) -> str:
 
 def test_tables(two: tuple[dict[str, Any], dict[str, Any]], measured: Measured) -> None:
     text = printed(result_table(two[0]), comparison_table(compare(*two), *two))
-    for shown in ("bad: 3 frames from 2", "best of 2", "95 % over videos", "PSNR, dB ↑", "MSE ↓", "protocol custom"):
+    for shown in ("bad: 3 frames from 2", "best of 2", "95 % over episodes", "PSNR, dB ↑", "MSE ↓", "protocol custom"):
         assert shown in text
     assert task_table(two[0]) is None
     tasks = task_table(measured(Integrator(), MemoryClips(["push", "lift", "lift"])))
