@@ -19,8 +19,8 @@ LAYERS = [
     {"cli", "commands", "report", "play"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-# Within the lowest row the configuration may know the layout.
-SIDEWAYS = {("config", "layout"), ("cli", "commands"), ("commands", "cli"), ("commands", "report")}
+# Within the lowest row the configuration may know the layout; what is published is checked by who measured it.
+SIDEWAYS = {("config", "layout"), ("zoo", "metrics"), ("cli", "commands"), ("commands", "cli"), ("commands", "report")}
 
 # Plain arithmetic only: no framework, no files, no logging.
 NOT_IN_MODELS = set(

@@ -54,7 +54,7 @@ def test_strides_that_cannot_be(make_set: Sets) -> None:
     folder = str(make_set("arm", source="oxe/arm"))
     with pytest.raises(ValueError, match=r"stride names 'oxe/leg', and the sources are 'oxe/arm'"):
         module_of(folder, stride={"oxe/leg": 2})
-    with pytest.raises(ValueError, match="stride must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="stride must be a whole number of at least 1, got 0"):
         module_of(folder, stride={"oxe/arm": 0})
 
 

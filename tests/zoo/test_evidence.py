@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import ivideogpt
-from ivideogpt.metrics.evaluation import model_hash, parts_hash
+from ivideogpt.metrics.evaluation import model_hash
 from ivideogpt.models.action_layers import ActionLayers
 from ivideogpt.zoo.card import variant_card
 from ivideogpt.zoo.checkpoint import Parts
-from ivideogpt.zoo.push import check_results
+from ivideogpt.zoo.push import check_results, parts_hash
 from ivideogpt.zoo.registry import cards_folder
 
 RESULTS = cards_folder() / "results" / "ivideogpt-metaworld-nano.json"

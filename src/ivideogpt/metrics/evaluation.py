@@ -24,7 +24,6 @@ from ivideogpt.metrics.judges import Judges, judges_for
 from ivideogpt.metrics.measuring import BATCH_SIZE, Clips, RollsOut, Work, measure
 from ivideogpt.metrics.protocols import EvaluationProtocol
 from ivideogpt.metrics.results import SCHEMA_VERSION, assemble, versions
-from ivideogpt.zoo.checkpoint import Parts
 
 
 def evaluate(
@@ -157,13 +156,6 @@ def model_hash(model: Any) -> str | None:
         return None
     extras, head = getattr(model, "extras", {}), getattr(model, "reward_head", None)
     return weights_hash(model.state_dict(), extras, head.config.transform if head is not None else None)
-
-
-def parts_hash(parts: Parts) -> str:
-    """:func:`model_hash` of a world model by its parts."""
-    modules = {"tokenizer": parts.tokenizer, "transformer": parts.transformer, "reward_head": parts.reward_head}
-    state = {f"{name}.{key}": t for name, m in modules.items() if m is not None for key, t in m.state_dict().items()}
-    return weights_hash(state, parts.extras, parts.reward_head.config.transform if parts.reward_head else None)
 
 
 def weights_hash(state: Mapping[str, torch.Tensor], extras: Mapping[str, Any], reward_transform: str | None) -> str:

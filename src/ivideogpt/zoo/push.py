@@ -19,6 +19,8 @@ from typing import Any
 
 import yaml
 
+from ivideogpt.metrics.evaluation import weights_hash
+from ivideogpt.metrics.results import read_results
 from ivideogpt.zoo.adapter import save_for_hub
 from ivideogpt.zoo.card import CARD, MARKER, ROLLOUT, check_card, variant_card
 from ivideogpt.zoo.card_results import read_card_results
@@ -128,15 +130,19 @@ def push_parts(
             return _upload(folder, files, repo_id, private, revision, tag, commit_message, card is not None, token)
 
 
+def parts_hash(parts: Parts) -> str:
+    """Hash of a world model's weights and settings, as its results have it."""
+    modules = {"tokenizer": parts.tokenizer, "transformer": parts.transformer, "reward_head": parts.reward_head}
+    state = {f"{name}.{key}": t for name, m in modules.items() if m is not None for key, t in m.state_dict().items()}
+    return weights_hash(state, parts.extras, parts.reward_head.config.transform if parts.reward_head else None)
+
+
 def check_results(path: Path, parts: Parts) -> None:
     """Refuses results that are not of these weights, or whose sums are not those of their videos.
 
     Raises:
         ValueError: saying which.
     """
-    from ivideogpt.metrics.evaluation import parts_hash
-    from ivideogpt.metrics.results import read_results
-
     if read_json(path).get("schema_version") == 1:  # which knew no hashes
         return
     measured = read_results(path)["hashes"].get("model")
