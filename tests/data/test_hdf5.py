@@ -51,7 +51,7 @@ def test_robomimic(tmp_path: Path, shared: Path) -> None:
     np.testing.assert_array_equal(episode.video, video[:-1])
     assert episode.actions is not None and episode.rewards is not None
     np.testing.assert_allclose(episode.actions, 0.2)
-    # the reward of the last action belongs to a frame that is not recorded: as the only one it stays with the last that is
+    # the last action's reward belongs to a frame that is not recorded: as the only one it stays with the last
     assert not episode.rewards[:-1].any() and episode.rewards[-1] == 1
     assert episode.metadata["reward_after_last_frame"] == 1
     assert episode.terminations is not None and not episode.terminations.any()
