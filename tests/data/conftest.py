@@ -38,9 +38,9 @@ def make_episode() -> Callable[..., Episode]:
 
 @pytest.fixture
 def make_set(tmp_path: Path) -> Callable[..., Path]:
-    """`make_set(name, episodes=8, per_shard=3, cameras=("",), **episode)` writes a set and gives its folder.
+    """`make_set(name, episodes=8, per_shard=3, cameras=(), **episode)` writes a set and gives its folder.
 
-    With several cameras there are so many recordings, each with an episode of every camera.
+    With cameras there are so many recordings, each with an episode of every camera.
     """
 
     def make(name: str = "set", episodes: int = 8, per_shard: int = 3, **fields: Any) -> Path:

@@ -12,7 +12,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "compare",
         help="say whether two results differ by more than chance",
-        description="Compares two results of `ivideogpt evaluate` video by video (paired bootstrap, 95 %% interval)."
+        description="Compares two results of `ivideogpt evaluate` video by video (paired bootstrap, 95 % interval)."
         " Results of different protocols, recordings or networks are refused, naming what differs.",
     )
     parser.add_argument("first", metavar="A.json", help="results, say before a change")

@@ -110,6 +110,8 @@ class VideoDataModule(PositionDataModule):
         if window_shards < 1:
             raise ValueError(f"window_shards must be at least 1, got {window_shards}")
         self.window_shards, self.cache = window_shards, FileCache(cache, cache_gigabytes * 1e9)
+        if pad_actions and not use_actions:
+            raise ValueError("pad_actions delivers actions and use_actions: false leaves them out; give one of the two")
         self.pad_actions = pad_actions
         self.camera: dict[str, str] = {"*": camera} if isinstance(camera, str) else dict(camera or {})
         if segment_length <= context_length or context_length < 1:

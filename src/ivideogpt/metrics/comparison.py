@@ -51,7 +51,7 @@ class Difference:
     def verdict(self) -> str:
         """In words."""
         if self.real is None:
-            return "too few videos, or no values of single ones: nobody can tell"
+            return "too few episodes, or no values of single ones: nobody can tell"
         if not self.real:
             return "no larger than chance"
         return "the second is better" if self.better else "the first is better"

@@ -100,8 +100,10 @@ def _lead(result: Mapping[str, Any]) -> str:
         low, high = overall["interval"][metric]
         text += f" (95 % of bootstraps over episodes: {number(metric, low)} to {number(metric, high)})"
     if last is not None:
-        worse = (value > last) == HIGHER_IS_BETTER[metric]
-        text += f", {number(metric, abs(value - last))}{unit} {'better' if worse else 'worse'} than repeating the last "
+        better = (value > last) == HIGHER_IS_BETTER[metric]
+        text += (
+            f", {number(metric, abs(value - last))}{unit} {'better' if better else 'worse'} than repeating the last "
+        )
         text += "frame"
     return text + "."
 
@@ -164,7 +166,8 @@ def _tasks(result: Mapping[str, Any]) -> dict[str, Any] | None:
                     {
                         "model": number(m, entry["model"][m]),
                         "last": number(m, entry["repeat_last_frame"][m]),
-                        "win": (entry["model"][m] > entry["repeat_last_frame"][m]) == HIGHER_IS_BETTER[m],
+                        "win": (entry["model"][m] > entry["repeat_last_frame"][m]) == HIGHER_IS_BETTER[m]
+                        and entry["model"][m] != entry["repeat_last_frame"][m],
                     }
                     for m in metrics
                 ],

@@ -131,12 +131,13 @@ def _pack(args: Namespace) -> int:
             codec=args.codec,
         )
     _tell(report)
+    if given.get("fps") is None and hasattr(options, "fps") and not report.found:
+        _tell_unknown_rate(report)
     return 0
 
 
 def _tell(report: PackReport) -> None:
     """What was packed and what was left out, in the last line and the lines above it."""
-    from ivideogpt.data.opening import load_index, load_manifest
     from ivideogpt.data.packing import QUARANTINE
 
     if report.quarantine:
@@ -155,11 +156,19 @@ def _tell(report: PackReport) -> None:
     else:
         before = f" ({report.resumed} of them before)" if report.resumed else ""
         print(f"packed {report.episodes} episodes{before} ({report.frames} frames){bad}: {folders}")
-        if all((load_index(folder, load_manifest(folder))["fps"] == 1.0).all() for folder in report.folders):
-            text = (
-                "1 frame a second is noted for all episodes, as recordings that do not say it get: --fps tells the rate"
-            )
-            print(f"{text} (the doctor, `stride: null` and the export go by it)", file=sys.stderr)
+
+
+def _tell_unknown_rate(report: PackReport) -> None:
+    """Says so where every episode has the rate of recordings that do not tell theirs."""
+    from ivideogpt.data.opening import load_index, load_manifest
+
+    made = [folder for folder in report.folders if not report.missing]
+    if made and all((load_index(folder, load_manifest(folder))["fps"] == 1.0).all() for folder in made):
+        print(
+            "1 frame a second is noted for all episodes, as the recordings do not say it: --fps tells the rate, by which "
+            "`stride: null`, hours and the export go",
+            file=sys.stderr,
+        )
 
 
 def _tell_reasons(report: PackReport) -> None:
