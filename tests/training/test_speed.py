@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ivideogpt import from_pretrained
 from ivideogpt.models.autoencoder import ResidualBlock
+from ivideogpt.models.discriminator import PatchDiscriminator
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.training import TokenizerModule, TransformerModule
 from ivideogpt.training.frozen_tokenizer import FrozenTokenizer
@@ -32,6 +33,29 @@ def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, lis
     value = loss()
     value.backward()
     return value.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("kind", ["transformer", "tokenizer", "critic"])
+def test_gradients_are_clipped_in_mixed_precision(kind: str, tiny_world_model, data, trainer) -> None:
+    model = tiny_world_model(action_dim=3)
+    if kind == "transformer":
+        module: Any = TransformerModule(model.transformer, model.tokenizer, gradient_clip=1e-3, warmup_updates=0)
+    else:
+        critic = PatchDiscriminator(base_channels=8, num_layers=2) if kind == "critic" else None
+        module = TokenizerModule(
+            model.tokenizer, perceptual_weight=0.0, discriminator=critic, discriminator_start=0, gradient_clip=1e-3
+        )
+    norms: list[float] = []
+    clip = module.clip_gradients
+
+    def clipping(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        clip(optimizer, *args, **kwargs)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    module.clip_gradients = clipping
+    trainer(max_steps=2, precision="bf16-mixed", limit_val_batches=0).fit(module, datamodule=data())
+    assert len(norms) >= 2 and max(norms) <= 1.01e-3
 
 
 def test_adamw_is_one_kernel_and_makes_the_same_updates(tiny_world_model) -> None:

@@ -68,4 +68,7 @@ def adamw(modules: Iterable[nn.Module], learning_rate: float, weight_decay: floa
     """AdamW over the trainable parameters of ``modules``, in one kernel (``fused``) where torch has one for them."""
     groups = parameter_groups(modules, weight_decay)
     fused = all(p.device.type in FUSED and p.is_floating_point() for group in groups for p in group["params"])
-    return AdamW(groups, lr=learning_rate, betas=betas, fused=fused or None)
+    optimizer = AdamW(groups, lr=learning_rate, betas=betas, fused=fused or None)
+    # a kernel that unscales float16's gradients by itself would leave nothing to clip, so Lightning refuses to clip then
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer

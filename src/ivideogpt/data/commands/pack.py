@@ -165,8 +165,8 @@ def _tell_unknown_rate(report: PackReport) -> None:
     made = [folder for folder in report.folders if not report.missing]
     if made and all((load_index(folder, load_manifest(folder))["fps"] == 1.0).all() for folder in made):
         print(
-            "1 frame a second is noted for all episodes, as the recordings do not say it: --fps tells the rate, by which "
-            "`stride: null`, hours and the export go",
+            "1 frame a second is noted for all episodes, as the recordings do not say it: --fps tells the rate, by "
+            "which `stride: null`, hours and the export go",
             file=sys.stderr,
         )
 
