@@ -162,6 +162,7 @@ def test_an_unknown_frame_rate_is_told(tmp_path: Path, run: Run, capsys: Any) ->
 def test_an_export_keeps_instruction_state_and_statistics(tmp_path: Path, run: Run, make_episode: Any) -> None:
     state = np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32)
     about = {"observation/natural_language_instruction": "pick the cup", "observation.state": state.tolist()}
+    about |= {"observation.words": ["go"] * 8, "observation.ragged": [[1.0], [1.0, 2.0]] * 4}  # no feature of numbers
     with ShardSetWriter(tmp_path / "set") as writer:
         writer.write("a", make_episode(8, metadata=about))
     assert run("export", tmp_path / "set", "--out", tmp_path / "out") == 0

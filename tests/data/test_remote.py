@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -36,7 +37,6 @@ def server(tmp_path: Path) -> Iterator[Server]:
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IVIDEOGPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(file_cache, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(file_cache, "_LONGEST_WAIT", 0.01)
 
 
 def shards_asked(server: Server) -> list[str]:
@@ -132,8 +132,11 @@ def test_the_cache_stays_small_and_training_goes_on(make_set: Sets, server: Serv
     keys: list[str] = []
     for batch in module.train_dataloader():
         keys += batch["key"]
-        kept = [path for path in (tmp_path / "small" / "files").iterdir() if path.suffix != ".lock"]
-        assert sum(path.stat().st_size for path in kept if path.exists()) <= 5 * largest
+        kept = 0
+        for path in (tmp_path / "small" / "files").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # what is fetched ahead of time comes and goes
+                kept += 0 if path.suffix == ".lock" else path.stat().st_size
+        assert kept <= 5 * largest
     assert len(set(keys)) == 24
 
 
@@ -304,3 +307,18 @@ def test_the_hub(make_set: Sets, tmp_path: Path) -> None:
             refused = reads(url, HF_TOKEN=token)
             assert refused.returncode == 1
             assert "cannot be opened" in refused.stderr and url in refused.stderr.splitlines()[-1]
+
+
+def test_packing_several_cameras_behind_a_url(make_set: Sets, server: Server, tmp_path: Path, run: Any) -> None:
+    make_set("set", episodes=4, cameras=("left", "right"))
+    assert run("pack", f"{server.url}/set", "--out", tmp_path / "split", "--holdout", "0.25") == 0
+    held = ShardSet(tmp_path / "split" / "heldout")
+    assert len({held.key(i).rpartition("-")[0] for i in range(len(held))}) == 1 and len(held) == 2
+
+
+def test_data_that_moved_are_the_same_data(make_set: Sets, server: Server) -> None:
+    folder, other = make_set("set", episodes=4), make_set("other", episodes=4)
+    near = module_of({str(folder): 1.0, str(other): 2.0}).clips_digest()
+    moved = folder.rename(folder.with_name("moved"))
+    assert module_of({str(moved): 1.0, str(other): 2.0}).clips_digest() == near
+    assert module_of({str(moved): 2.0, str(other): 2.0}).clips_digest() != near

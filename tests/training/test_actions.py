@@ -14,6 +14,7 @@ from ivideogpt.data.episode import Episode
 from ivideogpt.data.shards import ShardSetWriter
 from ivideogpt.models.action_layers import ActionLayers, with_action_layer
 from ivideogpt.training import TransformerModule
+from ivideogpt.training.callbacks import RolloutStrips
 
 SPACES = {"lab/arm*": 3, "lab/gripper": 2}
 
@@ -72,6 +73,24 @@ def test_statistics_of_a_mixture_go_by_its_weights(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         data_of([one, two]).action_statistics("lab/two")["action_mean"], second.mean(0), rtol=1e-6
     )
+
+
+def test_statistics_go_to_the_first_space_that_fits(tmp_path: Path, tiny_world_model: Any, trainer: Any) -> None:
+    model = tiny_world_model()
+    sets = {name: write(tmp_path / name, f"oxe/{name}", width, seed) for seed, (name, width) in enumerate(
+        (("bridge", 2), ("arm", 3), ("hand", 3)))}  # fmt: skip
+    module = TransformerModule(
+        model.transformer,
+        model.tokenizer,
+        action_spaces={"oxe/bridge": 2, "oxe/*": 3},
+        action_statistics_from_data=True,
+    )
+    data = data_of([folder for folder, _ in sets.values()], pad_actions=True)
+    trainer(max_steps=1, limit_val_batches=0).fit(module, datamodule=data)
+    assert module.action_layers is not None
+    others = np.concatenate([sets["arm"][1], sets["hand"][1]])
+    np.testing.assert_allclose(module.action_layers["oxe/bridge"].mean, sets["bridge"][1].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(module.action_layers["oxe/*"].mean, others.mean(0), rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
@@ -162,7 +181,7 @@ def test_one_model_of_several_embodiments(sets: list[str], tiny_world_model: Any
         warmup_updates=0,
     )  # fmt: skip
     data = data_of(sets, pad_actions=True, val=sets)
-    trainer(max_steps=6).fit(module, datamodule=data)
+    trainer(max_steps=6, callbacks=[RolloutStrips()]).fit(module, datamodule=data)
     assert data.action_dim == 3
     assert data.action_dims == {"lab/arm-1": 3, "lab/gripper": 2, "lab/film": None}
     layers = module.action_layers
@@ -183,8 +202,12 @@ def test_one_model_of_several_embodiments(sets: list[str], tiny_world_model: Any
         ).eval()  # fmt: skip
         own = {"video": batch["video"][rows], "actions": batch["actions"][rows][..., :size]}
         torch.testing.assert_close(alone.predict_clip(own).logits, together[rows], rtol=1e-4, atol=1e-4)
-    rows = [row for row, source in enumerate(batch["source"]) if source == batch["source"][0]]
-    assert module.imagine(batch).shape[0] == len(rows)
+    imagined = module.imagine(batch, temperature=0.0)
+    assert len({layers.space_of(source) for source in batch["source"]}) > 1 and imagined.shape == batch["video"].shape
+    for row in range(len(batch["source"])):  # each as if it were alone, in the order of the batch
+        alone_batch = {"video": batch["video"][row : row + 1], "actions": batch["actions"][row : row + 1],
+                       "source": batch["source"][row : row + 1]}  # fmt: skip
+        torch.testing.assert_close(module.imagine(alone_batch, temperature=0.0), imagined[row : row + 1])
     assert model.transformer.action_linear is None
 
 

@@ -55,7 +55,7 @@ class ClipSettings:
 
     def stride_of(self, fps: float, source: str) -> int:
         """Wanted stride of an episode of `fps` frames a second."""
-        stride = chosen(dict(self.strides), source, self.stride) if self.strides else self.stride
+        stride = chosen(dict(self.strides), source, self.stride)
         return frame_stride(fps, self.target_rate) if stride is None else stride
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -239,11 +239,11 @@ class VideoDataModule(PositionDataModule):
                         raise ValueError(f"the episodes of {name} have actions of the widths {found[name]} and {width}")
         return found
 
-    def action_statistics(self, source: str = "*") -> dict[str, list[float]]:
+    def action_statistics(self, source: str = "*", but: Sequence[str] = ()) -> dict[str, list[float]]:
         """Mean and standard deviation of the training sets' actions; see `statistics.action_statistics`."""
         train = self.mixtures()[0]
         manifests = {name: shards.manifest for name, shards in train.sets.items()}
-        return action_statistics(manifests, train.weights, source)
+        return action_statistics(manifests, train.weights, source, but)
 
     @property
     def has_rewards(self) -> bool:
@@ -270,7 +270,8 @@ class VideoDataModule(PositionDataModule):
     def clips_digest(self) -> str:
         """Of the training episodes, their weights and how clips are cut."""
         train = self.mixtures()[0]
-        digest = hashlib.sha256(repr((self.train_settings, train.weights, self.augmentation)).encode())
+        weights = None if train.weights is None else list(train.weights.values())  # wherever the sets lie
+        digest = hashlib.sha256(repr((self.train_settings, weights, self.augmentation)).encode())
         digest.update(repr((bool(train.remote) and self.window_shards, self.holdout_every, self.camera)).encode())
         for shards in train.sets.values():
             digest.update(file_sha256(shards.folder / MANIFEST).encode() + f"{len(shards)}".encode())

@@ -279,13 +279,14 @@ def _alignment(having: Sequence[Reading], draws: int = 200) -> Iterable[Finding]
     likely = best < 0 and before > 0.9 and better >= SMALL_MARGIN and len(rows) >= 8
     if not (clear or likely):
         return
-    sure = exactly if clear else before
     curve = ", ".join(f"{lag:+d}: {value:.2f}" for lag, value in by_lag.items())
     if best < 0:
+        agree = f"({exactly if clear else before:.0%} of resampled sets agree)"
+        when = f"{-best} steps before" if clear else "before"
         text = (
-            f"frames change {-best} steps before the action that should change them ({sure:.0%} of resampled sets "
-            f"agree): action[t] of these recordings seems to lead to frame t, or to one before; move the actions "
-            f"{-best} rows to the front. Correlation by lag: {curve}"
+            f"frames change {when} the action that should change them {agree}: action[t] of these recordings seems to "
+            f"lead to frame t, or to one before; move the actions {'' if clear else 'some '}{-best} rows to the front. "
+            f"Correlation by lag: {curve}"
         )
         yield Finding("error" if clear else "warning", "misaligned actions", text)
     elif best > 2:

@@ -29,7 +29,7 @@ SCHEMES = ("http", "https", "s3", "gs", "hf")
 EXTRAS = {"s3": "s3fs (pip install 'ivideogpt[s3]')", "gs": "gcsfs (pip install 'ivideogpt[gs]')"}
 
 DEFAULT_LIMIT = 100e9
-_ATTEMPTS, _FIRST_WAIT, _LONGEST_WAIT = 6, 0.5, 30.0  # the waits double: half a minute of them in all
+_ATTEMPTS, _FIRST_WAIT = 6, 0.5  # the waits double: 15.5 seconds of them in all
 _SILENCE = 60.0  # seconds without a byte after which a connection counts as lost
 _PATIENCE = 600.0  # seconds to wait for the room that others need
 _PIECE = 2**20
@@ -204,7 +204,7 @@ def _insisting(url: str, action: Callable[[], _Result], attempts: int = _ATTEMPT
             if number == attempts - 1:
                 kind = RemoteError if isinstance(error, _WrongFileError) else UnreachableError
                 raise kind(f"{url}: {error} (asked {attempts} times)") from error
-            wait = min(_FIRST_WAIT * 2**number, _LONGEST_WAIT)
+            wait = _FIRST_WAIT * 2**number
             warnings.warn(f"{url}: {error}; asked again in {wait:g} s", stacklevel=3)
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
@@ -248,7 +248,7 @@ def _pieces(url: str, most: int) -> Iterator[bytes]:
                 if read > most:
                     raise RemoteError(f"{url} has more than the {most:,} bytes that it may have")
                 yield piece
-    except (RemoteError, GeneratorExit):
+    except RemoteError:
         raise
     except ImportError as error:
         raise RemoteError(f"{url}: reading {scheme}:// needs {EXTRAS.get(scheme, scheme)}") from error

@@ -264,7 +264,10 @@ def _rows_of_metadata(episode: Episode) -> dict[str, np.ndarray]:
     found = {}
     for name, value in episode.metadata.items():
         if name.startswith("observation.") and isinstance(value, list) and len(value) == len(episode):
-            rows = np.asarray(value, np.float32)
+            try:
+                rows = np.asarray(value, np.float32)
+            except (TypeError, ValueError):  # text, or rows of different lengths
+                continue
             if rows.ndim <= 2 and np.isfinite(rows).all():
                 found[name] = rows.reshape(len(episode), -1)
     return found

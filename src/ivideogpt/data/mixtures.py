@@ -58,7 +58,8 @@ class Mixture:
         self._pass: tuple[tuple[int, int], np.ndarray] | None = None  # the order of the pass used last
         self.remote = [name for name, shards in self.sets.items() if isinstance(shards.files, RemoteShards)]
         self._orders = self._visiting_orders(window) if self.remote else {}
-        self._turns = interleaved([len(order) for order in self._orders.values()]) if self.remote else None
+        in_turns = self.remote and self.weights is None
+        self._turns = interleaved([len(order) for order in self._orders.values()]) if in_turns else None
         self.window = window
         self._seen: dict[str, tuple[int, int]] = {}  # window of each remote set that was visited last
 
@@ -155,7 +156,14 @@ def recordings_of(mixture: Mixture) -> list[int]:
     cameras: dict[str, set[int]] = {name: set() for name in mixture.sets}
     for name, index in mixture.episodes:
         cameras[name].add(int(mixture.sets[name].index["camera"][index]))
-    numbers = {name: mixture.sets[name].recordings() for name, used in cameras.items() if len(used) > 1}
+    several = [name for name, used in cameras.items() if len(used) > 1]
+    for name in several:
+        if name in mixture.remote:
+            raise ValueError(
+                f"{name} has several cameras, and to tell which episodes are of one recording all of it would be "
+                "fetched: choose a camera, or name sets to validate on"
+            )
+    numbers = {name: mixture.sets[name].recordings() for name in several}
     return [
         known.setdefault((name, numbers[name][index] if name in numbers else index), len(known))
         for name, index in mixture.episodes

@@ -32,7 +32,6 @@ __all__ = ["POLICIES", "ShardError", "ShardSet", "load_manifest", "open_source",
 
 POLICIES = ("error", "skip")
 EMBEDDED = "embedded"
-_OPEN_FILES = 256  # a process often has 1024 descriptors
 _EMBEDDED_FOLDER = Path(__file__).parent.parent / "assets" / "data" / "metaworld"
 
 
@@ -127,10 +126,10 @@ class ShardSet:
 
     def _check_files(self, verify: bool) -> None:
         """Leaves out what lies in missing, truncated or changed files and is not intact."""
-        ends = np.cumsum([shard["episodes"] for shard in self.manifest["shards"]])
-        good = np.ones(len(self.index), bool)
         if isinstance(self.files, RemoteShards):  # checked when they come
             return
+        ends = np.cumsum([shard["episodes"] for shard in self.manifest["shards"]])
+        good = np.ones(len(self.index), bool)
         for number, (shard, end) in enumerate(zip(self.manifest["shards"], ends.tolist(), strict=True)):
             fault, size = _file_fault(self.files.path(number), shard, verify)
             if fault and self.policy == "error":
@@ -173,11 +172,6 @@ class ShardSet:
         """Number of each episode's recording: cameras of one share it. Of a set with several all records are opened."""
         if len(np.unique(self.index["camera"])) < 2:
             return list(range(len(self)))
-        if isinstance(self.files, RemoteShards):
-            raise ValueError(
-                f"{self.files.url} has several cameras, and to tell which episodes are of one recording all of it would"
-                " be fetched: choose a camera, or name sets to validate on"
-            )
         known: dict[str, int] = {}
         numbers = []
         for index in range(len(self)):

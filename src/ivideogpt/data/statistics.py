@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -43,7 +43,10 @@ def overall(statistics: BySource) -> dict[str, Any]:
 
 
 def action_statistics(
-    manifests: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float] | None = None, source: str = "*"
+    manifests: Mapping[str, Mapping[str, Any]],
+    weights: Mapping[str, float] | None = None,
+    source: str = "*",
+    but: Sequence[str] = (),
 ) -> dict[str, list[float]]:
     """Mean and standard deviation of each action dimension over shard sets, as a transformer normalises by them.
 
@@ -51,6 +54,7 @@ def action_statistics(
         manifests: of the sets by name.
         weights: shares of the sets in a mixture; None: by their actions.
         source: only of sources of this name or pattern.
+        but: names or patterns of which none may fit.
 
     Returns:
         ``action_mean`` and ``action_std``; a dimension that never changes has 1 there, so that it stays 0.
@@ -58,9 +62,13 @@ def action_statistics(
     Raises:
         ValueError: there are no statistics, or widths differ.
     """
+
+    def fits(name: str) -> bool:
+        return fnmatchcase(name, source) and not any(fnmatchcase(name, other) for other in but)
+
     rows = []
     for name, manifest in manifests.items():
-        found = [(s, entry) for s, entry in manifest["sources"].items() if fnmatchcase(s, source)]
+        found = [(s, entry) for s, entry in manifest["sources"].items() if fits(s)]
         whole = len(found) == len(manifest["sources"])
         stats = [manifest["statistics"]["actions"]] if whole else [
             entry.get("statistics", {}).get("actions") for _, entry in found

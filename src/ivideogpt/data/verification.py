@@ -87,7 +87,7 @@ def _recounted(shards: ShardSet) -> SetSums:
             if record is None:
                 continue
             try:
-                _, offset, size = shards.place(index)
+                offset, size = _span(shards.index, index)
                 crc32 = zlib.crc32(record.read(0, size))
                 if crc32 != shards.index["crc32"][index]:
                     raise CorruptRecordError("its CRC-32 is not the index's")

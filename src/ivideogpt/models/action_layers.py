@@ -32,9 +32,12 @@ class ActionLayer(nn.Linear):
         self.register_buffer("mean", torch.zeros(action_dim))
         self.register_buffer("std", torch.ones(action_dim))
 
+    def normalize(self, actions: Tensor) -> Tensor:
+        """Actions (..., A) as the layer takes them."""
+        return (actions - self.mean) / self.std
+
     def forward(self, actions: Tensor) -> Tensor:
-        normalized = (actions - self.mean) / self.std
-        return super().forward(normalized.to(self.weight.dtype))
+        return super().forward(self.normalize(actions).to(self.weight.dtype))
 
 
 class ActionLayers(nn.Module):

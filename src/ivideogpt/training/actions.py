@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,8 +76,9 @@ def fit_statistics(module: TransformerModule, data: Any) -> None:
             width = module.transformer.config.action_dim or 1
             getattr(module, name).copy_(statistics_row(found[name], 0.0, width, name))
         return
-    for space in module.action_layers.spaces:
-        found, layer = source(space), module.action_layers[space]
+    names = list(module.action_layers.spaces)
+    for number, space in enumerate(names):  # what an earlier one fits is not its own
+        found, layer = source(space, names[:number]), module.action_layers[space]
         layer.mean.copy_(statistics_row(found["action_mean"], 0.0, layer.in_features, "action_mean"))
         layer.std.copy_(statistics_row(found["action_std"], 1.0, layer.in_features, "action_std"))
 
@@ -118,17 +119,22 @@ def embed_batch_actions(module: TransformerModule, batch: Mapping[str, Any], fut
     return module.transformer.embed_actions(module.layout.slot_actions(module.normalize_actions(actions), future))
 
 
-def one_space(
+def by_space(
     layers: ActionLayers, transformer: Transformer, batch: Mapping[str, Any]
-) -> tuple[Transformer, Tensor, Tensor | None]:
-    """The transformer with the action layer of a batch's first clip; video and actions of the clips of its space."""
-    space = layers.space_of(batch["source"][0])
-    rows = [row for row, source in enumerate(batch["source"]) if layers.space_of(source) == space]
-    if space is None:
-        return transformer, batch["video"][rows], None
-    layer = layers[space]
-    actions = (batch["actions"][rows][..., : layer.in_features] - layer.mean) / layer.std
-    return with_action_layer(transformer, layer), batch["video"][rows], actions
+) -> Iterator[tuple[list[int], Transformer, Tensor | None]]:
+    """For each action space in a batch its rows, the transformer with its layer, and their normalised actions."""
+    spaces = [layers.space_of(source) for source in batch["source"]]
+    for space in dict.fromkeys(spaces):
+        rows = [row for row, of_row in enumerate(spaces) if of_row == space]
+        if space is None:
+            yield rows, transformer, None
+            continue
+        layer = layers[space]
+        yield (
+            rows,
+            with_action_layer(transformer, layer),
+            layer.normalize(batch["actions"][rows][..., : layer.in_features]),
+        )
 
 
 def keep_action_layers_alone(module: TransformerModule) -> None:

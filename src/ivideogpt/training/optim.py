@@ -69,6 +69,6 @@ def adamw(modules: Iterable[nn.Module], learning_rate: float, weight_decay: floa
     groups = parameter_groups(modules, weight_decay)
     fused = all(p.device.type in FUSED and p.is_floating_point() for group in groups for p in group["params"])
     optimizer = AdamW(groups, lr=learning_rate, betas=betas, fused=fused or None)
-    # a kernel that unscales float16's gradients by itself would leave nothing to clip, so Lightning refuses to clip then
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    # Lightning refuses to clip where the kernel says that it unscales float16's gradients by itself
+    optimizer._step_supports_amp_scaling = False
     return optimizer

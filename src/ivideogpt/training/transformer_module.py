@@ -21,11 +21,11 @@ from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer, next_token_loss
 from ivideogpt.rollout.engine import rollout
 from ivideogpt.training.actions import (
+    by_space,
     check_spaces,
     embed_batch_actions,
     fit_statistics,
     keep_action_layers_alone,
-    one_space,
     prepare_actions,
 )
 from ivideogpt.training.embedding_seeds import seed_embeddings as codebook_embeddings
@@ -266,25 +266,26 @@ class TransformerModule(TrainingModule):
 
     def imagine(self, batch: dict[str, Any], temperature: float = 1.0, top_k: int | None = 100) -> Tensor:
         """Rollouts of the clips in ``batch`` from their context, (B, T, C, H, W) in [0, 1]; the same seed each time."""
-        video, actions = batch["video"], None
+        video = batch["video"]
         transformer = self.transformer if self.lora is None else merged(self.transformer)
-        if self.action_layers is not None:
-            transformer, video, actions = one_space(self.action_layers, transformer, batch)
-        elif transformer.config.action_dim is not None:
-            actions = self.normalize_actions(batch["actions"])
-        context_length = self.layout.context_length
         generator = torch.Generator(video.device).manual_seed(0)
-        return rollout(
-            self.tokenizer,
-            transformer,
-            None,
-            video[:, :context_length],
-            actions,
-            horizon=video.shape[1] - context_length,
-            temperature=temperature,
-            top_k=top_k,
-            generator=generator,
-        ).video
+
+        def imagined(rows: Any, model: Transformer, actions: Tensor | None) -> Tensor:
+            start = self.layout.context_length
+            return rollout(
+                self.tokenizer, model, None, video[rows, :start], actions, horizon=video.shape[1] - start,
+                temperature=temperature, top_k=top_k, generator=generator,
+            ).video  # fmt: skip
+
+        if self.action_layers is None:
+            takes_actions = transformer.config.action_dim is not None
+            return imagined(
+                slice(None), transformer, self.normalize_actions(batch["actions"]) if takes_actions else None
+            )
+        out = torch.empty_like(video)
+        for rows, model, actions in by_space(self.action_layers, transformer, batch):
+            out[rows] = imagined(rows, model, actions).to(out.dtype)
+        return out
 
     @property
     def action_statistics(self) -> dict[str, list[float]]:

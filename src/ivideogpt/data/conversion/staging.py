@@ -130,17 +130,20 @@ class Staging:
         with locked(self.folder / "commit.lock"):
             if not (self.folder / "plan.json").exists():
                 return False
+            rows = {
+                unit.number: json.loads(row_file(self.folder, unit.number).read_text(encoding="utf-8"))
+                for unit in self.plan.units
+            }
             for part, folder in enumerate(self.folders):
-                rows = [self.row(unit) for unit in self.plan.units if unit.part == part]
-                if not any(row is not None and row.episodes for row in rows):
+                if not any(rows[unit.number]["episodes"] for unit in self.plan.units if unit.part == part):
                     raise ValueError(f"no episode is left for {folder}, as all of them are bad; no set was made")
             conversion = {"conversion": {"digest": self.plan.digest} | self.plan.facts}
             for part, folder in enumerate(self.folders):
                 staged = []
-                quarantine: list[dict[str, str]] = []
+                quarantine: list[dict[str, Any]] = []
                 for unit in self.plan.units:
                     if unit.part == part:
-                        row = json.loads(row_file(self.folder, unit.number).read_text(encoding="utf-8"))
+                        row = rows[unit.number]
                         quarantine += row["quarantine"]
                         staged += [
                             (shard_file(self.folder, unit.number, index), partial(self._shard, unit.number, index))

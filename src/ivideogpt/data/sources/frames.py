@@ -48,7 +48,7 @@ class MissingEpisodesError(ValueError):
 
 def failing(message: str, episodes: int = 1) -> Episode:
     """Raises the message: the job of an episode, or of several, known to be bad before it is read."""
-    raise MissingEpisodesError(message, episodes)
+    raise MissingEpisodesError(message, episodes) if episodes > 1 else ValueError(message)
 
 
 def files_of(read: Callable[..., Any]) -> Iterator[Path]:

@@ -251,8 +251,8 @@ def _read(file: Any, group: Any, options: Hdf5Options, episode: str, splits: tup
     metadata |= {"splits": list(splits)} if splits else {}
     rewards = arrays.get("rewards")
     if follows and rewards is not None and len(rewards) == len(video):
-        metadata["reward_after_last_frame"] = float(np.asarray(rewards[-1]).reshape(-1)[0])
-        last = float(metadata["reward_after_last_frame"])
+        last = float(np.asarray(rewards[-1]).reshape(-1)[0])
+        metadata["reward_after_last_frame"] = last
         if last and not np.asarray(rewards[:-1]).any():  # a success that is noted once, at the end, is not to be lost
             arrays["rewards"] = np.concatenate([np.zeros(len(video) - 1), [last]]).astype(np.float32)
             metadata["reward_rule"] = (
