@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 import ivideogpt
 from ivideogpt import recipes
 from ivideogpt.models.action_layers import ActionLayers, with_action_layer
+from ivideogpt.recipes.parts import PartBuilder
 from ivideogpt.zoo.action_spaces import ACTION_SPACES, read_action_layers
 from ivideogpt.zoo.checkpoint import Parts, load_parts, save_parts
+from ivideogpt.zoo.hub import copy_to
 
 SPACES = {"lab/arm": 3, "lab/gripper*": 2}
 
@@ -155,3 +157,22 @@ stages:
     model = ivideogpt.from_pretrained(output / "model")
     assert model.config.action_dim == 2
     torch.testing.assert_close(torch.tensor(model.extras["action_mean"]), second["lab/hand"].mean)
+
+
+def test_a_recipe_says_which_space_is_meant(parts: Parts, tmp_path: Path) -> None:
+    folder = str(save_parts(tmp_path / "multi", parts))
+    with pytest.raises(ValueError, match=r"'.*multi' has several action spaces: give action_space, one of 'lab/arm'"):
+        PartBuilder({}).build("world_model", {"from": folder}, "world_model")
+    chosen = PartBuilder({}).build("world_model", {"from": folder, "action_space": "lab/arm"}, "world_model")
+    assert chosen.config.action_dim == 3
+
+
+def test_a_copy_leaves_nothing_of_the_model_before(parts: Parts, tmp_path: Path) -> None:
+    multi = save_parts(tmp_path / "multi", parts)
+    parts.action_layers = None
+    plain = save_parts(tmp_path / "plain", parts)
+    out = copy_to(multi, tmp_path / "out")
+    (out / "notes.txt").write_text("mine")
+    copy_to(plain, out)
+    assert ivideogpt.from_pretrained(out).config.action_dim is None
+    assert not (out / ACTION_SPACES).exists() and (out / "notes.txt").read_text() == "mine"

@@ -114,7 +114,8 @@ SCHEMA_2: dict[str, Any] = {
         }
     },
     "overall": {
-        "clips": 4, "model": {"psnr": 31.0}, "curves": {"model": {"psnr": [33.0, 30.0]}},
+        "clips": 4, "model": {"psnr": 31.0, "fvd": 75.25}, "std_over_runs": {"fvd": 0.5},
+        "curves": {"model": {"psnr": [33.0, 30.0]}},
         "fvd": {"value": 75.25, "std_over_runs": 0.5}, "distance_of_other_features": {"label": "x", "value": 1234.5},
     },
 }  # fmt: skip
@@ -144,7 +145,7 @@ def test_results_are_shown_with_protocol_seed_and_intervals(tmp_path: Path, caps
     assert "75.25 ± 0.5" in text
     assert "1234" not in text  # a distance of other features is no FVD
     assert "- fvd: not evaluated: no weights of i3d; get them &lt;here&gt;" in text
-    assert "- psnr, frame by frame: 33, 30" in text
+    assert "- psnr, frame by frame (means of all samples): 33, 30" in text
     assert '- horizon: 15\n- runs: 3\n- metrics: ["psnr", "fvd"]\n- seed: 3\n' in text
     assert "- explanation: see the file\n" in text
     assert "an interval over 4 videos" in text

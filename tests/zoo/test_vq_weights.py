@@ -104,5 +104,13 @@ def test_in_a_recipe(vqgan: tuple[Any, Path], tiny_config: Callable[..., Any]) -
     assert torch.equal(built.encoder.conv_in.weight, vqgan[0].encoder.conv_in.weight)
     with pytest.raises(ValueError, match=r"tokenizer\.initial_weights: .*holds no VQGAN"):
         check_initial_weights({**spec, "initial_weights": str(vqgan[1].parent)}, "tokenizer")
+    fresh = {**spec, "initial_weights": None}  # as a command line takes it away
+    check_part("tokenizer", fresh, "tokenizer")
+    check_initial_weights(fresh, "tokenizer")
+    assert not torch.equal(
+        PartBuilder({}).build("tokenizer", fresh, "x").encoder.conv_in.weight, built.encoder.conv_in.weight
+    )
+    with pytest.raises(ValueError, match="must name a file, a folder or a Hub id, got 3"):
+        check_part("tokenizer", {**spec, "initial_weights": 3}, "tokenizer")
     with pytest.raises(ValueError, match="unknown key 'initial_weights'"):
         check_part("transformer", {"preset": "nano", "initial_weights": "x"}, "transformer")

@@ -62,7 +62,6 @@ def check_stage(
     if "default_root_dir" in stage["trainer"]:
         raise ValueError(f"{where}.trainer.default_root_dir is the stage's folder; set the recipe's `output`")
     check_arguments(Trainer, stage["trainer"], f"{where}.trainer", trust)
-    check_arguments(Trainer, stage["trainer"], f"{where}.trainer", trust)
     if trains(import_class(stage["module"]["class_path"], where, trust)) and not (
         {"max_steps", "max_epochs", "max_time"} & stage["trainer"].keys()
     ):

@@ -82,6 +82,10 @@ def check_part(kind: str, spec: Any, where: str, earlier: Collection[str] = (), 
         if key not in known:
             source = " of {from: ...}" if "from" in spec else ""
             raise ValueError(f"{where}: unknown key {key!r}{source}; {nearest(str(key), known)}")
+    if not isinstance(spec.get(INITIAL_WEIGHTS), str | None):
+        raise ValueError(
+            f"{where}.{INITIAL_WEIGHTS} must name a file, a folder or a Hub id, got {spec[INITIAL_WEIGHTS]!r}"
+        )
     if "from" not in spec:
         part_config(kind, spec, where)
     elif spec["from"] in later and spec["from"] not in earlier:
@@ -139,7 +143,7 @@ class PartBuilder:
             fields.setdefault("embed_dim", transformer.config.embed_dim)
         config = part_config(kind, fields, where)
         part = {"tokenizer": CompressiveTokenizer, "transformer": Transformer, "reward_head": RewardHead}[kind](config)
-        if INITIAL_WEIGHTS in fields:
+        if fields.get(INITIAL_WEIGHTS) is not None:
             try:
                 start_from_vq_weights(part, fields[INITIAL_WEIGHTS])
             except ValueError as error:
@@ -162,6 +166,8 @@ class PartBuilder:
             raise ValueError(f"{where}: {error}") from error
         self.loaded[kind] = parts
         if kind == "world_model":
+            if parts.action_layers is not None:
+                raise ValueError(several_spaces(where, spec["from"], parts))
             return WorldModel.from_parts(
                 parts.tokenizer, parts.transformer, parts.reward_head, parts.extras, parts.published
             )
@@ -172,13 +178,20 @@ class PartBuilder:
         return getattr(parts, kind)
 
 
+def several_spaces(where: str, name: str, parts: Parts) -> str:
+    """What to say where a model of several action spaces stands for one."""
+    assert parts.action_layers is not None
+    spaces = ", ".join(map(repr, parts.action_layers.spaces))
+    return f"{where}: {name!r} has several action spaces: give action_space, one of {spaces}"
+
+
 def check_initial_weights(spec: Node, where: str) -> None:
     """Finds, or fetches, the initial weights that a part names.
 
     Raises:
         ValueError: if they are not there.
     """
-    if INITIAL_WEIGHTS in spec:
+    if spec.get(INITIAL_WEIGHTS) is not None:
         try:
             find_vq_weights(spec[INITIAL_WEIGHTS])
         except ValueError as error:

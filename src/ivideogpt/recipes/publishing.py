@@ -60,6 +60,8 @@ def publish_settings(node: Any) -> PublishSettings:
         wanted: Any = {"private": bool, "datasets": list}.get(key, (str, type(None)))
         if not isinstance(value, wanted):
             raise ValueError(f"publish.{key}: {value!r} is of the wrong type")
+    if not all(isinstance(name, str) for name in node.get("datasets", [])):
+        raise ValueError(f"publish.datasets: {node['datasets']!r} must be Hub ids")
     return PublishSettings(**node)
 
 
@@ -89,8 +91,11 @@ def publish(
     entry = None if Path(folder).is_dir() else find_entry(os.fspath(folder))
     card = None
     if entry is not None and entry.folder is not None:
+        if settings.licence is not None or settings.datasets:
+            raise ValueError(
+                f"{entry.name} has a card of its own, with licence and data: leave out --licence and --dataset"
+            )
         model, found = entry.folder, _entry_evidence(entry)
-        card = entry_card(entry, [read_card_results(path) for path in found.results.values()], settings.repo_id)
     else:
         model = model_folder(Path(folder))
         found = gather(Path(folder), model)
@@ -105,6 +110,8 @@ def publish(
         compute=found.compute,
         licence=settings.licence,
     )
+    if entry is not None and entry.folder is not None:
+        card = entry_card(entry, [read_card_results(path) for path in evidence.results.values()], settings.repo_id)
     return push_parts(
         load_parts(model),
         settings.repo_id,

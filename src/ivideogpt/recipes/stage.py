@@ -6,7 +6,6 @@ import contextlib
 import copy
 import filecmp
 import json
-import shutil
 import signal
 import sys
 import threading
@@ -30,7 +29,7 @@ from ivideogpt.recipes.adapters import base_reference, find_whole_base, make_ada
 from ivideogpt.recipes.checking import BASES, build_arguments, trains
 from ivideogpt.recipes.classes import arguments, defaults, import_class
 from ivideogpt.recipes.loggers import all_loggers, finish_wandb, place_wandb
-from ivideogpt.recipes.parts import PartBuilder, check_initial_weights, part_arguments, source_folder
+from ivideogpt.recipes.parts import PartBuilder, check_initial_weights, part_arguments, several_spaces, source_folder
 from ivideogpt.recipes.reading import Node
 from ivideogpt.recipes.results import differences, fingerprint, read_record, save_tokenizer, write_record, write_text
 from ivideogpt.training.callbacks import SeededUpdates
@@ -39,7 +38,8 @@ from ivideogpt.training.progress import UpdateProgress
 from ivideogpt.training.sharding import is_sharded, whole_state
 from ivideogpt.zoo.adapter import save_adapter
 from ivideogpt.zoo.checkpoint import FILES, Parts, save_parts
-from ivideogpt.zoo.folder import finish_interrupted_save, replacing_files
+from ivideogpt.zoo.folder import finish_interrupted_save
+from ivideogpt.zoo.hub import copy_to
 from ivideogpt.zoo.published import Published
 
 PART_NAMES = ("tokenizer", "transformer")
@@ -249,7 +249,10 @@ class Stage:
             for name in ("action_mean", "action_std"):
                 if name in arguments(cls)[0] and values.get(name) is None:
                     kwargs[name] = loaded.extras.get(name)
-            if loaded.action_layers is not None and "action_spaces" in arguments(cls)[0]:
+            if loaded.action_layers is not None and "action_spaces" not in arguments(cls)[0]:
+                where, name = f"stages.{self.name}.module.transformer", values["transformer"]["from"]
+                raise ValueError(several_spaces(where, name, loaded))
+            if loaded.action_layers is not None:
                 kwargs["action_spaces"] = values.get("action_spaces") or loaded.action_layers.spaces
         if "output_folder" in arguments(cls)[0] and values.get("output_folder") is None:
             kwargs["output_folder"] = self.folder
@@ -305,7 +308,7 @@ class Stage:
         extras = {**(loaded.extras if loaded else {}), "recipe": self.recipe_name, "training": training}
         extras |= module.action_statistics
         source = (self.config["module"]["init_args"].get("transformer") or {}).get("from")
-        if source is not None and source not in self.earlier and not Path(source).is_dir():
+        if source is not None and source not in self.earlier and not Path(source).expanduser().is_dir():
             extras["base_model"] = source
         old = loaded.published if loaded else Published()
         if getattr(module, "lora", None) is not None:
@@ -358,14 +361,9 @@ def compose_model(stage_folder: Path, output: Path) -> None:
     names = [name for name in FILES if (stage_folder / name).is_file()]
     if model.is_dir():
         finish_interrupted_save(model)
-    if filecmp.cmpfiles(stage_folder, model, names, shallow=False)[0] != names:
-        with replacing_files(model) as staging:
-            for name in names:
-                (staging / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(stage_folder / name, staging / name)
-    for name in FILES:
-        if name not in names:
-            (model / name).unlink(missing_ok=True)  # of an earlier run, which left an adapter or a whole model
+    stale = [name for name in FILES if name not in names and (model / name).is_file()]
+    if stale or filecmp.cmpfiles(stage_folder, model, names, shallow=False)[0] != names:
+        copy_to(stage_folder, model)
 
 
 @contextlib.contextmanager

@@ -105,8 +105,7 @@ def variant_card(
     config, extras = parts.config, parts.extras
     modules = {"tokenizer": parts.tokenizer, "transformer": parts.transformer, "reward head": parts.reward_head}
     counts = {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items() if m is not None}
-    adapter = parts.adapter.base.get("model") if parts.adapter is not None else None
-    base_name = adapter or extras.get("base_model")
+    base_name = (parts.adapter.base.get("model") if parts.adapter else None) or extras.get("base_model")
     base = find_entry(base_name) if base_name else None
     licence = licence or (base.licence if base else None)
     facts: dict[str, Any] = {
@@ -142,7 +141,7 @@ def variant_card(
         failures=[],
         rollout=rollout,
         metadata=_metadata(
-            repo_id.split("/")[-1], licence, results, base_name, [*datasets, *_hub_ids(base)], adapter is not None
+            repo_id.split("/")[-1], licence, results, base_name, [*datasets, *_hub_ids(base)], parts.adapter is not None
         ),
     )
 
@@ -183,8 +182,6 @@ class _Tags(HTMLParser):
         active = [name for name in names if name.startswith("on") or name in ("srcdoc", "formaction", "style")]
         if tag in _ACTIVE_TAGS or active:
             self.found = self.found or f"<{tag} {' '.join(active)}".strip()
-
-    handle_startendtag = handle_starttag
 
 
 def _render(**values: Any) -> str:
@@ -257,8 +254,7 @@ def _prose(value: object) -> str:
 
 
 def _cell(value: object) -> str:
-    text = json.dumps(value) if isinstance(value, dict | list) else value
-    return _prose(text).replace("|", "\\|")
+    return _prose(value).replace("|", "\\|")
 
 
 def results_files(name: str, folder: Path) -> list[Path]:

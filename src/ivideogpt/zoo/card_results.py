@@ -121,9 +121,6 @@ def _row(found: Mapping[str, Any]) -> dict[str, str]:
         row[metric] = text
         if metric in (found.get("repeat_last_frame") or {}):
             row[f"{metric}, last frame repeated"] = number(found["repeat_last_frame"][metric])
-    if (found.get("fvd") or {}).get("value") is not None:  # of another network it has another name, and no place here
-        deviation = found["fvd"].get("std_over_runs")
-        row["fvd"] = number(found["fvd"]["value"]) + ("" if deviation is None else f" ± {number(deviation)}")
     if (found.get("shuffled_actions") or {}).get("mse_ratio") is not None:
         row["mse ratio, actions shuffled"] = number(found["shuffled_actions"]["mse_ratio"])
     if (found.get("reward") or {}).get("pearson_r") is not None:
@@ -134,9 +131,7 @@ def _row(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
-    numbers = {metric: value for metric, value in found["model"].items() if isinstance(value, int | float)}
-    distance = (found.get("fvd") or {}).get("value")
-    return numbers if distance is None else {**numbers, "fvd": distance}
+    return {metric: value for metric, value in found["model"].items() if isinstance(value, int | float)}
 
 
 def _text(value: object) -> str:

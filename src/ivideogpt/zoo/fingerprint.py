@@ -35,7 +35,7 @@ def base_hash(tokenizer: CompressiveTokenizer, transformer: Transformer) -> str:
     """
     config = _changed(transformer.config)
     digest = hashlib.sha256(f"{tokenizer_hash(tokenizer)} {json.dumps(config, sort_keys=True)}\n".encode())
-    _add_weights(digest, transformer, without="action_linear.")
+    _add_weights(digest, transformer, without=("action_linear.",))
     return digest.hexdigest()
 
 
@@ -48,7 +48,7 @@ def _changed(config: Any) -> dict[str, Any]:
     }
 
 
-def _add_weights(digest: Any, module: nn.Module, without: str = "\0") -> None:
+def _add_weights(digest: Any, module: nn.Module, without: tuple[str, ...] = ()) -> None:
     for name, tensor in sorted(module.state_dict().items()):
         if not name.startswith(without):
             digest.update(f"{name} {tuple(tensor.shape)}\n".encode())

@@ -51,7 +51,7 @@ def resolve(name: str | os.PathLike[str], revision: str | None = None) -> Path:
 
 
 def copy_to(folder: Path, out: Path) -> Path:
-    """Copies the checkpoint in ``folder`` to ``out``, all files as one; other files in ``out`` stay.
+    """Copies the checkpoint in ``folder`` to ``out``, all files as one; files there that are of no checkpoint stay.
 
     Returns:
         ``out``.
@@ -62,11 +62,14 @@ def copy_to(folder: Path, out: Path) -> Path:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"cannot copy to {out}: it is a file; give a folder")
+    names = [name for name in FILES if (folder / name).is_file()]
     with replacing_files(out) as staging:
-        for name in FILES:
-            if (folder / name).is_file():
-                (staging / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(folder / name, staging / name)
+        for name in names:
+            (staging / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, staging / name)
+    for name in FILES:
+        if name not in names:
+            (out / name).unlink(missing_ok=True)  # of the model that was here before
     return out
 
 

@@ -77,16 +77,21 @@ def check_nothing_private(text: str, where: object, secrets: Sequence[str] = ())
         if found:
             line = text.count("\n", 0, found.start()) + 1
             raise ValueError(f"{where}, line {line}, holds {kind}; take it out (and replace it, where others saw it)")
-    for secret in (*secrets, *_known_secrets()):
+    for what, secret in (*((_TOKEN, secret) for secret in secrets), *_known_secrets()):
         if len(secret) >= 8 and secret in text:
-            raise ValueError(f"{where} holds the token that you are logged in with; take it out")
+            raise ValueError(f"{where} holds {what}; take it out")
     paths = [found.group() for found in _PATH.finditer(text)]
     if paths:
         raise ValueError(f"{where} holds a path of this machine, {paths[0]!r}; take it out, or write it relative")
 
 
-def _known_secrets() -> list[str]:
+_TOKEN = "the token that you are logged in with"
+
+
+def _known_secrets() -> list[tuple[str, str]]:
+    """What a secret is, and the secret."""
     from huggingface_hub import get_token
 
-    found = [get_token(), *(os.environ.get(name) for name in ("HF_TOKEN", "WANDB_API_KEY", "GITHUB_TOKEN"))]
-    return [secret for secret in found if secret]
+    found = [(_TOKEN, get_token())]
+    found += [(f"the value of {name}", os.environ.get(name)) for name in ("WANDB_API_KEY", "GITHUB_TOKEN")]
+    return [(what, secret) for what, secret in found if secret]

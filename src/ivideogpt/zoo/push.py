@@ -36,7 +36,7 @@ _OWN = re.compile("|".join(re.escape(name) for name in (*FILES, ROLLOUT)) + rf"|
 
 
 class PushError(OSError):
-    """The Hub did not take a model; what it had before is whole. The same push goes on from where it stopped."""
+    """The Hub did not take all of a push; the repository is whole. The same push goes on from where it stopped."""
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,8 @@ def _explained(repo_id: str) -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    again = "nothing of the old model was changed; the same command goes on from where it stopped"
+    whole = "the repository is whole, as it was before or as this push makes it"
+    again = f"{whole}; the same command goes on from where it stopped"
     try:
         yield
     except Exception as error:  # of the client and of the libraries below it
@@ -339,7 +340,7 @@ def _explained(repo_id: str) -> Iterator[None]:
             401: "it does not know who you are: log in with `hf auth login`, or set HF_TOKEN to a token that is valid",
             403: "your token may not write there: use one with the right to write, and a name of your own",
             404: "there is no such repository, or your token may not see it",
-            412: f"somebody else changed the repository meanwhile; {again}",
+            412: f"the repository changed meanwhile, by somebody else or by this push, whose answer was lost; {again}",
             413: "it is too large for your account",
             429: f"you have asked it too often; wait some minutes. {again[0].upper()}{again[1:]}",
         }

@@ -86,16 +86,28 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     if missing:
         raise IncompleteRepositoryError(_why_incomplete(repo_id, missing, list(sizes)))
     small = tuple(file for file in (*FILES, CARD) if file not in (*WEIGHTS, *ADAPTER_FILES))
-    for file in small:
-        _check_small(repo_id, file, sizes)
-    folder = patiently(lambda: snapshot(small, revision), tries=2)  # it has patience of its own
-    if (folder / CARD).is_file():
-        _refusing(repo_id, lambda: check_card((folder / CARD).read_text(encoding="utf-8", errors="replace"), CARD))
+    folder = _fetch_small(repo_id, revision, small, sizes, snapshot)
     if not all((folder / file).is_file() for file in WEIGHTS):
         headers = {file: _remote_header(repo_id, file, folder.name, sizes[file], folder / file) for file in WEIGHTS}
         _refusing(repo_id, lambda: describe(folder, headers))
         _check_room(repo_id, sum(sizes[file] for file in WEIGHTS))
     patiently(lambda: snapshot(WEIGHTS, folder.name), tries=2)
+    return folder
+
+
+def _fetch_small(
+    repo_id: str,
+    revision: str | None,
+    small: tuple[str, ...],
+    sizes: Mapping[str, int],
+    snapshot: Callable[..., Path],
+) -> Path:
+    """Snapshot folder with the small files of a repository, whose card is checked."""
+    for file in small:
+        _check_small(repo_id, file, sizes)
+    folder: Path = patiently(lambda: snapshot(small, revision), tries=2)  # it has patience of its own
+    if (folder / CARD).is_file():
+        _refusing(repo_id, lambda: check_card((folder / CARD).read_text(encoding="utf-8", errors="replace"), CARD))
     return folder
 
 
@@ -106,11 +118,7 @@ def _fetch_adapter(repo_id: str, revision: str | None, sizes: Mapping[str, int],
     if missing:
         raise IncompleteRepositoryError(_why_incomplete(repo_id, missing, list(sizes)))
     small = (ADAPTER_CONFIG, SIDE_FILE, RECIPE, CARD)
-    for file in small:
-        _check_small(repo_id, file, sizes)
-    folder: Path = patiently(lambda: snapshot(small, revision), tries=2)
-    if (folder / CARD).is_file():
-        _refusing(repo_id, lambda: check_card((folder / CARD).read_text(encoding="utf-8", errors="replace"), CARD))
+    folder = _fetch_small(repo_id, revision, small, sizes, snapshot)
     _refusing(repo_id, lambda: read_config(folder / ADAPTER_CONFIG))
     base = _refusing(repo_id, lambda: read_side_file(folder)).get("adapter_base")
     _refusing(repo_id, lambda: check_reachable(base))
@@ -132,12 +140,15 @@ def fetch_recipe(repo_id: str, revision: str | None = None) -> Path:
         Exception: huggingface_hub's own, where the Hub does not give it.
     """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RevisionNotFoundError
 
     def download(**options: Any) -> Path:
         return Path(hf_hub_download(repo_id, RECIPE, revision=revision, library_name="ivideogpt", **options))
 
     try:
         sizes = patiently(lambda: _listing(repo_id, revision))
+    except (RefusedRepositoryError, RevisionNotFoundError):
+        raise
     except Exception as error:
         try:
             return download(local_files_only=True)

@@ -24,7 +24,6 @@ Shape = tuple[int, ...]
 Built = TypeVar("Built")
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # bytes of an element
 LARGEST_HEADER = 2**24
 """Bytes of a header at most; those of the published files have some 50,000."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -102,9 +101,9 @@ def parse_header(start: bytes, size: int, path: Path) -> Header:
         }
         place = 0
         for name, (dtype, shape, (begin, end)) in sorted(found.items(), key=lambda item: item[1][2]):
-            if dtype not in _SIZES:
-                raise ValueError(f"tensor {name!r} is of type {dtype}; only {', '.join(_SIZES)} are read")
-            if min(shape, default=0) < 0 or begin != place or end - begin != math.prod(shape) * _SIZES[dtype]:
+            if dtype not in _DTYPES:
+                raise ValueError(f"tensor {name!r} is of type {dtype}; only {', '.join(_DTYPES)} are read")
+            if min(shape, default=0) < 0 or begin != place or end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
                 raise ValueError(f"tensor {name!r} of shape {shape} cannot lie in the bytes {begin:,} to {end:,}")
             place = end
         if place != size - 8 - length:

@@ -36,20 +36,23 @@ def find_vq_weights(source: str | os.PathLike[str]) -> Path:
             raise ValueError(f"{path} holds no VQGAN: there is no {' or '.join(_PLACES)}")
         return found
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
-    errors = []
+    errors: list[EntryNotFoundError] = []
     try:
         for place in reversed(_PLACES):
             try:
                 return Path(hf_hub_download(os.fspath(source), place, library_name="ivideogpt"))
             except EntryNotFoundError as error:
-                errors.append(str(error).splitlines()[0])
+                errors.append(error)
     except HFValidationError as error:
         raise ValueError(f"there is no VQGAN at {source!r}: no file, no folder, and no Hub id ({error})") from error
     except OSError as error:
         raise ValueError(f"the VQGAN {source!r} cannot be fetched: {error}") from error
-    raise ValueError(f"{source!r} holds no VQGAN: {'; '.join(errors)}")
+    said = "; ".join(dict.fromkeys(str(error).splitlines()[0] for error in errors))
+    if any(isinstance(error, LocalEntryNotFoundError) for error in errors):
+        raise ValueError(f"the VQGAN {source!r} cannot be fetched: {said}")
+    raise ValueError(f"{source!r} holds no VQGAN: {said}")
 
 
 @torch.no_grad()
