@@ -214,7 +214,7 @@ def mp4_bytes(video: Video, fps: float = 4.0) -> bytes:
 
 def save_png(path: str | os.PathLike[str], image: np.ndarray | Image.Image) -> None:
     """Writes an image (H, W, 3)."""
-    _replace(Path(path), png_bytes(image))
+    replace_file(Path(path), png_bytes(image))
 
 
 def save_video(path: str | os.PathLike[str], video: Video, fps: float = 4.0) -> None:
@@ -234,7 +234,7 @@ def save_video(path: str | os.PathLike[str], video: Video, fps: float = 4.0) -> 
         data = png_bytes(contact_sheet([video]))
     else:
         raise ValueError(f"{path} ends in {kind!r}; choose .gif, .mp4 or .png")
-    _replace(path, data)
+    replace_file(path, data)
 
 
 def save_comparison(
@@ -257,7 +257,7 @@ def save_comparison(
         save_video(path, comparison(truth, prediction, context_length, scale), fps)
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Writes a whole file or leaves the old one: to a temporary file beside it, which then takes its name."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:

@@ -56,7 +56,11 @@ def run(args: argparse.Namespace) -> None:
 
     out = Path(args.out)
     wm = ivideogpt.from_pretrained(args.model)
-    protocol = EvaluationProtocol().changed(horizon=args.horizon, temperature=0.0).settled(wm.config)
+    protocol = (
+        EvaluationProtocol()
+        .changed(horizon=args.horizon, temperature=0.0, metrics=("psnr", "ssim", "mse"), fvd=None)
+        .settled(wm.config)
+    )
     clips = ClipSet.open(args.heldout, protocol).at_most(args.limit)
     before = measure(wm, clips)
     words = [f"output={out / 'training'}", f"tokenizer.module.tokenizer.from={args.model}"]

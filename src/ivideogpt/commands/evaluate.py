@@ -146,8 +146,7 @@ def run(args: argparse.Namespace) -> None:
         for reason, why in result["explanation"]["not_computed"].items():
             console.print(f"[yellow]not computed:[/] {reason}: {escape(why)}", highlight=False)
     if args.report is not None:
-        places = [clips.place(index) for index in range(len(clips))]
-        work = Work(wm, clips, settled, judges, args.seed, args.batch_size, places)
+        work = Work(wm, clips, settled, judges, args.seed, args.batch_size)
         write_report(result, gather(work, result), args.report)
         print(f"wrote {args.report}")
     if args.out is not None:

@@ -13,10 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ivideogpt.data.transforms import center_crop
-from ivideogpt.metrics.video import SSIM_SIGMA, SSIM_WINDOW, mse
+from ivideogpt.metrics.video import PSNR_FLOOR, SSIM_WINDOW, mse, windowed_ssim
 
 _TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))  # JFIF, ITU-R BT.601
 
@@ -86,37 +85,33 @@ def resized(video: Tensor, resolution: int, kernel: str) -> Tensor:
 
 def whole_ssim(prediction: Tensor, truth: Tensor) -> Tensor:
     """SSIM (B, T) with the frame's border counted, which is reflected."""
-    return _ssim(prediction, truth, 1.0, None)
+    return windowed_ssim(prediction, truth)
 
 
 def uniform_ssim(prediction: Tensor, truth: Tensor) -> Tensor:
     """SSIM (B, T) with a uniform 7 x 7 window, scikit-image's default."""
-    _, full = structural_similarity_index_measure(
-        prediction.flatten(0, 1), truth.flatten(0, 1), gaussian_kernel=False, kernel_size=7, data_range=1.0,
-        reduction="none", return_full_image=True,
-    )  # fmt: skip
-    return full[:, :, 3:-3, 3:-3].mean(dim=(1, 2, 3)).unflatten(0, prediction.shape[:2])
+    return windowed_ssim(prediction, truth, border=3, gaussian=False, window=7)
 
 
 def grey_ssim(prediction: Tensor, truth: Tensor) -> Tensor:
     """SSIM (B, T) of grey frames."""
     weights = prediction.new_tensor(_TO_YCC[0]).view(3, 1, 1)
     grey = [(video * weights).sum(2, keepdim=True) for video in (prediction, truth)]
-    return _ssim(grey[0], grey[1], 1.0, SSIM_WINDOW // 2)
+    return windowed_ssim(grey[0], grey[1], border=SSIM_WINDOW // 2)
 
 
 def signed_ssim(data_range: float) -> Callable[[Tensor, Tensor], Tensor]:
     """SSIM (B, T) of frames that were scaled to [-1, 1] first, with this data range."""
 
     def metric(prediction: Tensor, truth: Tensor) -> Tensor:
-        return _ssim(2 * prediction - 1, 2 * truth - 1, data_range, SSIM_WINDOW // 2)
+        return windowed_ssim(2 * prediction - 1, 2 * truth - 1, data_range, SSIM_WINDOW // 2)
 
     return metric
 
 
 def signed_psnr(prediction: Tensor, truth: Tensor) -> Tensor:
     """PSNR (B, T) of frames that were scaled to [-1, 1] first, with a data range of 1 that was forgotten there."""
-    return -10 * (4 * mse(prediction, truth)).clamp_min(1e-10).log10()
+    return -10 * (4 * mse(prediction, truth)).clamp_min(PSNR_FLOOR).log10()
 
 
 def signed_mse(prediction: Tensor, truth: Tensor) -> Tensor:
@@ -126,13 +121,4 @@ def signed_mse(prediction: Tensor, truth: Tensor) -> Tensor:
 
 def clip_psnr(prediction: Tensor, truth: Tensor) -> Tensor:
     """PSNR (B, 1) of the mean squared error of all frames together."""
-    return -10 * mse(prediction, truth).mean(1, keepdim=True).clamp_min(1e-10).log10()
-
-
-def _ssim(prediction: Tensor, truth: Tensor, data_range: float, border: int | None) -> Tensor:
-    _, full = structural_similarity_index_measure(
-        prediction.flatten(0, 1), truth.flatten(0, 1), sigma=SSIM_SIGMA, kernel_size=SSIM_WINDOW, data_range=data_range,
-        reduction="none", return_full_image=True,
-    )  # fmt: skip
-    inside = full if border is None else full[:, :, border:-border, border:-border]
-    return inside.mean(dim=(1, 2, 3)).unflatten(0, prediction.shape[:2])
+    return -10 * mse(prediction, truth).mean(1, keepdim=True).clamp_min(PSNR_FLOOR).log10()

@@ -67,15 +67,16 @@ def evaluate(
         raise ValueError("there is no clip to evaluate")
     if journal is None:
         if processes > 1:
-            raise ValueError("several processes put their results together in a journal: give --out FILE")
+            raise ValueError(
+                "several processes put their results together in a journal: give --out FILE (journal= in Python)"
+            )
         with tempfile.TemporaryDirectory(prefix="ivideogpt-evaluation-") as folder:
             return evaluate(
                 model, clips, protocol, judges=judges, seed=seed, batch_size=batch_size, name=name,
                 journal=Path(folder) / "journal", watch=watch,
             )  # fmt: skip
     judges = judges or judges_for(protocol, device=model.device)
-    places = [clips.place(number) for number in range(len(clips))]
-    work = Work(model, clips, protocol, judges, seed, batch_size, places)
+    work = Work(model, clips, protocol, judges, seed, batch_size)
     header = _header(work)
     if rank == 0:
         kept = Journal(journal, header)
@@ -92,12 +93,14 @@ def evaluate(
         return None
     if processes > 1:
         kept = Journal(journal, header)  # with what the others have written
-    absent = [(run, video) for run in range(protocol.runs) for video in range(len(places)) if (run, video) not in kept]
+    absent = [
+        (run, video) for run in range(protocol.runs) for video in range(len(work.places)) if (run, video) not in kept
+    ]
     if absent:
         raise ValueError(
             f"{len(absent)} videos are in no journal of {journal}: all processes must see the same file system"
         )
-    result = assemble(kept, protocol, judges, places)
+    result = assemble(kept, protocol, judges, work.places)
     head = {"schema_version": SCHEMA_VERSION, "model": name, "protocol": protocol.to_json(), "seed": seed,
             "seeding": "one stream for each sample, from SHA-256 of seed, run, episode, start frame and sample",
             "measured": "autoregressive", "device": str(model.device), "processes": processes,

@@ -89,17 +89,27 @@ def _roll(work: Work, result: Mapping[str, Any], number: int, metric: str) -> Sh
     video = as_floats(batch["video"], work.model.device)[:, : protocol.frames]
     actions = recorded_actions(work, batch)
     # one future is enough for the measure, several are not for the eye
-    count = 1 if protocol.greedy else max(FUTURES, min(protocol.num_samples, work.batch_size))
-    prediction = predict(work, 0, [number], video, actions, range(count))
-    judge = work.judges.frames[metric]
-    future = prediction.video[:, t0:]
-    values = judge(future, video[:, t0:].expand_as(future)).mean(1)
-    measured = values[: protocol.num_samples]
-    first = int(measured.argmax() if HIGHER_IS_BETTER[metric] else measured.argmin())
-    order = [first, *(index for index in range(count) if index != first)][:FUTURES]
+    count = 1 if protocol.greedy else max(FUTURES, protocol.num_samples)
+    judge, sign = work.judges.frames[metric], 1 if HIGHER_IS_BETTER[metric] else -1
+    best, score, tokens = -1, -math.inf, None
+    shown: dict[int, Tensor] = {}  # the first futures, and the best of those that were measured
+    for begin in range(0, count, work.batch_size):
+        numbers = range(begin, min(begin + work.batch_size, count))
+        prediction = predict(work, 0, [number], video, actions, numbers)
+        future = prediction.video[:, t0:]
+        values = judge(future, video[:, t0:].expand_as(future)).mean(1)
+        for row, sample in enumerate(numbers):
+            if sample < FUTURES:
+                shown[sample] = prediction.video[row]
+            if sample < protocol.num_samples and (best < 0 or sign * float(values[row]) > score):
+                if best >= FUTURES:
+                    del shown[best]
+                best, score, shown[sample] = sample, sign * float(values[row]), prediction.video[row]
+                if getattr(prediction, "tokens", None) is not None:
+                    tokens = prediction.tokens[row : row + 1]
+    order = [best, *(sample for sample in sorted(shown) if sample != best)][:FUTURES]
     entropy = None
-    if getattr(prediction, "tokens", None) is not None and callable(work.model):
-        tokens = prediction.tokens[first : first + 1]
+    if tokens is not None and callable(work.model):
         entropy = entropy_map(work.model, tokens, None if actions is None else actions[:, : protocol.frames])
     row = result["videos"][number]
     return ShownVideo(
@@ -109,7 +119,7 @@ def _roll(work: Work, result: Mapping[str, Any], number: int, metric: str) -> Sh
         values={name: runs[0] for name, runs in row["best"].items()},
         last_frame=row["repeat_last_frame"],
         truth=to_uint8(video[0]),
-        samples=to_uint8(prediction.video[order]),
+        samples=to_uint8(torch.stack([shown[sample] for sample in order])),
         entropy=entropy,
     )
 

@@ -7,7 +7,8 @@ changes the metric from x to y". S samples, F predicted frames, N videos.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import importlib.util
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -84,9 +85,8 @@ def explain(
     """
     count = min(VIDEOS, len(clips))
     samples = 1 if protocol.greedy else SAMPLES
-    places = [clips.place(number) for number in range(len(clips))]
     wide = dataclasses.replace(protocol, num_samples=samples)
-    work = Work(model, clips, wide, judges, seed, samples, places)
+    work = Work(model, clips, wide, judges, seed, samples)
     scores = _Scores(min(protocol.num_samples, samples))
     chosen = sorted(np.random.default_rng(0).permutation(len(clips))[:count].tolist())
     for done, number in enumerate(chosen):
@@ -98,6 +98,8 @@ def explain(
     rows = scores.rows(samples)
     rows += _from_result(result)
     not_computed = dict(missing or {})
+    if importlib.util.find_spec("av") is None:
+        not_computed["lossy frames, H.264"] = "needs PyAV: pip install 'ivideogpt[video]'"
     if protocol.greedy:
         not_computed["number of samples"] = "argmax gives one future"
     return {
@@ -196,12 +198,16 @@ class _Scores:
 
     def __init__(self, best_of: int) -> None:
         self.best_of = best_of
-        self.found: dict[tuple[str, str], dict[str, list[np.ndarray]]] = {}
+        self.usual: dict[str, np.ndarray] = {}  # of the clip that is being added
+        self.found: dict[tuple[str, str], dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
 
     def add(self, reason: str, change: str, values: dict[str, np.ndarray]) -> None:
+        """Adds one clip's values, those without a change first: a row is held against the clips that are in it."""
+        if (reason, change) == ("", ""):
+            self.usual = values
         row = self.found.setdefault((reason, change), {})
         for metric, one in values.items():
-            row.setdefault(metric, []).append(one)
+            row.setdefault(metric, []).append((self.usual[metric], one))
 
     def _best(self, metric: str, clips: list[np.ndarray], count: int) -> float:
         choose = np.max if HIGHER_IS_BETTER[metric] else np.min
@@ -209,15 +215,17 @@ class _Scores:
 
     def rows(self, samples: int) -> list[Explanation]:
         """All reasons, against the first entry."""
-        usual = self.found.pop(("", ""))
+        usual = {metric: [one for one, _ in pairs] for metric, pairs in self.found.pop(("", "")).items()}
         base = {metric: self._best(metric, clips, self.best_of) for metric, clips in usual.items()}
+
+        def both(metric: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+            before, after = zip(*pairs, strict=True)
+            return self._best(metric, list(before), self.best_of), self._best(metric, list(after), self.best_of)
+
         rows = [
-            Explanation(
-                reason, change,
-                {metric: (base[metric], self._best(metric, clips, self.best_of)) for metric, clips in values.items()},
-            )
+            Explanation(reason, change, {metric: both(metric, pairs) for metric, pairs in values.items()})
             for (reason, change), values in self.found.items()
-        ]  # fmt: skip
+        ]
         if samples > 1:
             for count in sorted({1, samples} - {self.best_of}):
                 values = {m: (base[m], self._best(m, clips, count)) for m, clips in usual.items()}
@@ -252,14 +260,3 @@ def _from_result(result: Mapping[str, Any] | None) -> list[Explanation]:
             reason = "number of videos" if "half" in name else "number of samples"
             rows.append(Explanation(reason, change, {"fvd": (distance["value"], distance[name])}))
     return rows
-
-
-def reasons_in_words(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Each row as a sentence: this alone changes the metric from x to y."""
-    lines = []
-    for row in rows:
-        for metric, (before, after) in row["values"].items():
-            lines.append(
-                f"{row['reason']}: {row['change']}: this alone changes {metric} from {before:.4g} to {after:.4g}"
-            )
-    return lines

@@ -64,7 +64,7 @@ class Journal:
                 )
                 raise ValueError(
                     f"{self.folder} holds an evaluation that was begun with other settings ({shown}); give another "
-                    f"--out, or --restart to drop what it has finished"
+                    f"--out, or --restart to drop what it has finished (in a recipe or in Python: remove this folder)"
                 )
             return
         aside = path.with_name(f".{HEADER}.{os.getpid()}")

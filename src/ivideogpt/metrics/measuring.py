@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ivideogpt.data.transforms import to_float
 from ivideogpt.metrics.judges import Judges
 from ivideogpt.metrics.protocols import EvaluationProtocol
 from ivideogpt.metrics.tokens import TokenPerplexity
@@ -64,7 +65,7 @@ class Clips(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """All that an evaluation was given, and the clips' places."""
+    """All that an evaluation was given."""
 
     model: RollsOut
     clips: Clips
@@ -72,7 +73,11 @@ class Work:
     judges: Judges
     seed: int
     batch_size: int
-    places: list[tuple[str, str, int]]
+
+    @cached_property
+    def places(self) -> list[tuple[str, str, int]]:
+        """Episode, source and start frame of each clip."""
+        return [self.clips.place(number) for number in range(len(self.clips))]
 
     @property
     def groups(self) -> list[tuple[int, list[int]]]:
@@ -114,7 +119,7 @@ def as_floats(video: Tensor, device: torch.device) -> Tensor:
         ValueError: if it is not finite.
     """
     if not video.is_floating_point():
-        return video.to(device).float() / 255
+        return to_float(video.to(device))
     if not bool(torch.isfinite(video).all()):
         raise ValueError("the recorded frames hold values that are not finite (NaN or infinity): repair the recordings")
     return video.to(device)

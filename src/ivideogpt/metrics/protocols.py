@@ -171,12 +171,12 @@ class EvaluationProtocol:
         rate += "".join(f", {name}: {stride or 'by its rate'}" for name, stride in self.strides)
         actions = {True: "as recorded", False: "none", None: "as the model takes them"}[self.actions]
         sampling = "argmax" if self.greedy else f"temperature {self.temperature:g}, top-k {self.top_k or 'off'}"
+        context, size = self.context_length or "the model's context", self.resolution or "the model's"
         return [
             ("protocol", named),
             ("data", f"{self.data}; split {self.split}; {self.videos or 'all'} clips, starting at {start}; {rate}"),
-            ("frames", f"{self.horizon} predicted from {self.context_length or 'the model`s context'}"
-                       f"{', the goal in front' * self.goal} at "
-                       f"{self.resolution or 'the model`s'} px; {self.resize}"),
+            ("frames", f"{self.horizon} predicted from {context}{', the goal in front' * self.goal} at {size} px; "
+                       f"{self.resize}"),
             ("actions", actions),
             ("samples", f"{self.num_samples} a clip, {sampling}, {self.runs} runs; {self.samples}"),
             ("values", self.value_range),

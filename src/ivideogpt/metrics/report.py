@@ -7,7 +7,6 @@ or dark setting.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ivideogpt.charts import Series, data_uri, interval_chart, line_chart
-from ivideogpt.drawing import gif_bytes, png_bytes
+from ivideogpt.drawing import gif_bytes, png_bytes, replace_file
 from ivideogpt.metrics.examples import Examples, ShownVideo
 from ivideogpt.metrics.judges import HIGHER_IS_BETTER, LABELS
 from ivideogpt.metrics.protocols import EvaluationProtocol
@@ -40,16 +39,7 @@ def write_report(result: Mapping[str, Any], examples: Examples | None, path: str
         examples: videos; None leaves them out.
         path: of the file.
     """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(render(result, examples))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_file(Path(path), render(result, examples).encode())
 
 
 def render(result: Mapping[str, Any], examples: Examples | None = None) -> str:
@@ -67,15 +57,15 @@ def render(result: Mapping[str, Any], examples: Examples | None = None) -> str:
     return environment.get_template("evaluation.html.j2").render(
         title=result["model"] or "World model",
         lead=_lead(result),
-        facts=_facts(result),
+        facts=_facts(result, protocol),
         rows=[_row(result, metric) for metric in result[OVERALL]["model"]],
         samples=protocol.num_samples,
         tasks=_tasks(result),
         curves=_curves(result[OVERALL]),
-        best=[] if examples is None else [_card(video, protocol, examples.metric) for video in examples.best],
-        worst=[] if examples is None else [_card(video, protocol, examples.metric) for video in examples.worst],
+        best=[] if examples is None else [_card(video, examples.metric) for video in examples.best],
+        worst=[] if examples is None else [_card(video, examples.metric) for video in examples.worst],
         by=None if examples is None else LABELS[examples.metric].split(",")[0],
-        futures=None if examples is None else _futures(examples.median, protocol),
+        futures=None if examples is None else _futures(examples.median),
         entropy=_entropy_cards(examples, protocol),
         heat=", ".join(f"rgb{colour}" for colour in HEAT),
         error_gain=ERROR_GAIN,
@@ -108,16 +98,15 @@ def _lead(result: Mapping[str, Any]) -> str:
     return text + "."
 
 
-def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    protocol = result["protocol"]
-    named = protocol["name"] if protocol["base"] is None else f"{protocol['name']}, made of {protocol['base']}"
-    sampling = "argmax" if protocol["temperature"] == 0 or protocol["top_k"] == 1 else (
-        f"{protocol['num_samples']} a clip, temperature {protocol['temperature']:g}, top-k {protocol['top_k'] or 'off'}"
+def _facts(result: Mapping[str, Any], protocol: EvaluationProtocol) -> list[tuple[str, str]]:
+    named = protocol.name if protocol.base is None else f"{protocol.name}, made of {protocol.base}"
+    sampling = "argmax" if protocol.greedy else (
+        f"{protocol.num_samples} a clip, temperature {protocol.temperature:g}, top-k {protocol.top_k or 'off'}"
     )  # fmt: skip
     return [
         ("Protocol", named),
         ("Futures", sampling),
-        ("Runs", f"{protocol['runs']}, seed {result['seed']}"),
+        ("Runs", f"{protocol.runs}, seed {result['seed']}"),
         ("Recordings", ", ".join(result["hashes"]["data"])),
         ("Time", f"{result['seconds']:.0f} s on {result['device']}"),
         ("Versions", ", ".join(f"{name} {number}" for name, number in result["versions"].items())),
@@ -204,7 +193,7 @@ def _curves(overall: Mapping[str, Any]) -> list[dict[str, str]]:
     return found
 
 
-def _card(video: ShownVideo, protocol: EvaluationProtocol, metric: str) -> dict[str, Any]:
+def _card(video: ShownVideo, metric: str) -> dict[str, Any]:
     error = np.abs(video.truth.astype(np.int16) - video.samples[0]) * ERROR_GAIN
     columns = [video.truth, video.samples[0], error.clip(0, 255).astype(np.uint8)]
     unit = " dB" if metric == "psnr" else ""
@@ -220,7 +209,7 @@ def _card(video: ShownVideo, protocol: EvaluationProtocol, metric: str) -> dict[
     }
 
 
-def _futures(video: ShownVideo, protocol: EvaluationProtocol) -> dict[str, Any] | None:
+def _futures(video: ShownVideo) -> dict[str, Any] | None:
     """Several futures of one clip: an animation of all, and how far they are apart in the end."""
     if len(video.samples) < 2:
         return None

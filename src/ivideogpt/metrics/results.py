@@ -6,6 +6,7 @@ the videos, whatever order they were measured in.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -45,7 +46,7 @@ def assemble(
         by_task.setdefault(source, []).append(number)
     tasks = {task: _summary(values, by_task[task]) for task in sorted(by_task)}
     overall = tasks[next(iter(tasks))] if len(tasks) == 1 else _summary(values, list(videos))
-    overall = json.loads(json.dumps(overall))
+    overall = copy.deepcopy(overall)  # it gets the FVD, which the only task must not
     notes = []
     still = sum(bool(record.get("still")) for record in values.records[0])
     if still:
@@ -97,7 +98,7 @@ class _Values:
         key, source, start = place
         row: dict[str, Any] = {"key": key, "source": source, "start": start}
         row["best"] = {m: [_rounded(v) for v in self.best[m][:, number]] for m in self.metrics}
-        if any(len(record["samples"][self.metrics[0]]) > 1 for record in self.records[0][:1]):
+        if len(self.records[0][0]["samples"][self.metrics[0]]) > 1:
             row["mean"] = {m: [_rounded(v) for v in self.mean[m][:, number]] for m in self.metrics}
         row["repeat_last_frame"] = {m: _rounded(self.repeat[m][number].mean()) for m in self.metrics}
         return row
@@ -121,7 +122,7 @@ def _summary(values: _Values, numbers: list[int]) -> dict[str, Any]:
     records = [[run[number] for number in numbers] for run in values.records]
     return {
         "clips": len(numbers),
-        "episodes": len({record["key"] for record in records[0]}),
+        "episodes": num_episodes(episodes),
         "model": {m: float(best[m].mean()) for m in metrics},
         "std_over_runs": {m: float(best[m].mean(1).std(ddof=1)) if runs > 1 else None for m in metrics},
         # of one episode nothing is known of others

@@ -86,14 +86,34 @@ def ssim(prediction: Tensor, truth: Tensor) -> Tensor:
     prediction, truth = _check(prediction, truth)
     if min(prediction.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs frames of at least {SSIM_WINDOW} pixels a side, got {tuple(prediction.shape)}")
+    return windowed_ssim(prediction, truth, border=SSIM_WINDOW // 2)
+
+
+def windowed_ssim(
+    prediction: Tensor,
+    truth: Tensor,
+    data_range: float = 1.0,
+    border: int = 0,
+    gaussian: bool = True,
+    window: int = SSIM_WINDOW,
+) -> Tensor:
+    """SSIM (B, T) of frames of any range, by a window of any kind.
+
+    Args:
+        prediction: (B, T, C, H, W).
+        truth: of the same shape.
+        data_range: between the smallest and the largest value that a pixel can have.
+        border: pixels on each side that are left out; without it the frame is continued by reflection.
+        gaussian: of sigma 1.5; else a uniform window.
+        window: its pixels a side.
+    """
     # in float64: variances are differences of nearly equal numbers where frames are flat
     _, full = structural_similarity_index_measure(
-        prediction.flatten(0, 1).double(), truth.flatten(0, 1).double(), sigma=SSIM_SIGMA, kernel_size=SSIM_WINDOW,
-        data_range=1.0, reduction="none", return_full_image=True,
+        prediction.flatten(0, 1).double(), truth.flatten(0, 1).double(), gaussian_kernel=gaussian, sigma=SSIM_SIGMA,
+        kernel_size=window, data_range=data_range, reduction="none", return_full_image=True,
     )  # fmt: skip
     # torchmetrics pads by reflection and, since 1.8, counts the border too: cut it off in any version
     assert isinstance(full, Tensor) and full.shape[-2:] == prediction.shape[-2:]
-    border = SSIM_WINDOW // 2
     inside = full[:, :, border : full.shape[2] - border, border : full.shape[3] - border]
     return inside.mean(dim=(1, 2, 3)).unflatten(0, prediction.shape[:2]).to(prediction.dtype)
 

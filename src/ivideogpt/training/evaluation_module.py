@@ -119,8 +119,7 @@ class EvaluationModule(LightningModule):
         if self.results is None:
             return
         if self.report:
-            places = [clips.place(number) for number in range(len(clips))]
-            work = Work(self.world_model, clips, clips.protocol, judges, self.seed, self.batch_size, places)
+            work = Work(self.world_model, clips, clips.protocol, judges, self.seed, self.batch_size)
             write_report(self.results, gather(work, self.results), folder / REPORT)
         write_results(self.results, folder / RESULTS)
         shutil.rmtree(journal)
