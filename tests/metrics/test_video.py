@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ivideogpt.data import ShardSet
 from ivideogpt.metrics import best_of, mse, psnr, ssim
 from ivideogpt.metrics.video import frame_metrics
 
@@ -62,6 +63,23 @@ def test_ssim_is_wang_et_als() -> None:
         assert float(values[clip, time]) == pytest.approx(
             direct_ssim(prediction[clip, time], truth[clip, time]), abs=1e-5
         )
+
+
+def test_ssim_of_real_frames_is_piqas_in_double_precision() -> None:
+    """Flat frames of a simulator, whose variances are differences of nearly equal numbers."""
+    pytest.importorskip("piqa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import piqa.ssim
+        from piqa.utils.functional import gaussian_kernel
+    episode = ShardSet("embedded:heldout").episode(0)
+    assert episode is not None
+    truth = torch.from_numpy(episode.video[:4]).permute(0, 3, 1, 2)[None] / 255
+    noise = 0.01 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
+    prediction = (truth + noise).clamp(0, 1)
+    kernel: Any = gaussian_kernel(11, 1.5).repeat(3, 1, 1).double()
+    theirs = piqa.ssim.ssim(prediction[0].double(), truth[0].double(), kernel)[0]
+    torch.testing.assert_close(ssim(prediction, truth)[0].double(), theirs, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("size", [16, 64])

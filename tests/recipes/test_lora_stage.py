@@ -14,7 +14,6 @@ import ivideogpt
 from ivideogpt import recipes
 from ivideogpt.recipes.consolidation import consolidate
 from ivideogpt.zoo.adapter import is_adapter
-from ivideogpt.zoo.checkpoint import ActionLayerWarning
 
 LORA = {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}
 
@@ -84,11 +83,8 @@ def test_an_adapter_of_an_earlier_stage_and_the_stages_behind_it(recipe, tmp_pat
     assert all(torch.equal(value, moved.state_dict()[name]) for name, value in adapted.state_dict().items())
 
 
-def test_an_adapter_of_the_embedded_model_for_new_actions(recipe, tmp_path: Path, shards: dict[str, str]) -> None:
+def test_an_adapter_of_the_embedded_model(recipe, tmp_path: Path, shards: dict[str, str]) -> None:
     start = ivideogpt.from_pretrained("ivideogpt-metaworld-nano")
-    with pytest.warns(ActionLayerWarning):
-        source = ivideogpt.from_pretrained("ivideogpt-metaworld-nano", action_dim=3)
-    assert source.config.action_dim == 3
     path = with_stages(recipe(stages=()), "ivideogpt-metaworld-nano")
     words = [f"adapter.data.{key}={shards['px64']}" for key in ("train", "val")]
     words += ["adapter.data.resolution=64", "reward=null", "evaluate=null", "adapter.trainer.max_steps=3"]

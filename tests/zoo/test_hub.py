@@ -127,8 +127,9 @@ def test_what_is_cached_works_without_the_hub(
     hub: Hub, new_client: Callable[..., HubClient], published: dict[str, bytes]
 ) -> None:
     hub.add("someone/cached", published)
-    assert new_client().run(LOAD, name="someone/cached") == 1.0
-    home = new_client().home.parent / "home-0"
+    first = new_client()
+    assert first.run(LOAD, name="someone/cached") == 1.0
+    home = first.home
     offline = new_client(home=home, HF_ENDPOINT="http://127.0.0.1:9")
     assert offline.run(LOAD, name="someone/cached") == 1.0
     with pytest.raises(ClientError, match="could not be reached.*does not hold it") as caught:
