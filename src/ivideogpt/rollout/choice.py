@@ -11,6 +11,7 @@ from ivideogpt.models.transformer import Transformer
 from ivideogpt.rollout.cpu import KernelDecoder, supported
 from ivideogpt.rollout.decoder import Decoder
 from ivideogpt.rollout.fused import DTYPES, TorchDecoder
+from ivideogpt.rollout.gpu import why_unavailable
 from ivideogpt.rollout.weights import weights_key
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
@@ -71,6 +72,10 @@ def _make(transformer: Transformer, precision: str, device: torch.device, obstac
             "use float32 or bfloat16"
         )
     if device.type == "cuda":
+        if why_unavailable(transformer, precision) is None:
+            from ivideogpt.rollout.gpu.decoder import TritonDecoder
+
+            return TritonDecoder(transformer, precision)
         from ivideogpt.rollout.graphs import GraphDecoder
 
         return GraphDecoder(transformer, precision)

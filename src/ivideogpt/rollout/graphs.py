@@ -197,6 +197,30 @@ class GraphDecoder(TorchDecoder):
         hidden, tokens = self._run(branch, lead, actions, uniforms, sampling)
         return Sampled(tokens, hidden)
 
+    def draw(
+        self,
+        cache: KVCache,
+        lead: Tensor,
+        start: Tensor,
+        actions: Tensor | None,
+        action_at: int,
+        uniforms: Tensor,
+        sampling: Sampling,
+    ) -> list[Tensor]:
+        """Hidden states (R, L, D) of ``lead`` and the tokens (R, n) drawn behind it: what a graph is captured of.
+
+        ``start`` is the own position, a scalar on the device, that ``lead`` begins at.
+        """
+        hidden = self.feed_at(cache, lead, start, actions, action_at)
+        tokens: list[Tensor] = []
+        state = hidden[:, -1]
+        for index in range(uniforms.shape[1]):
+            if tokens:
+                at = start + (lead.shape[1] + index - 1)
+                state = self.feed_at(cache, tokens[-1][:, None], at)[:, -1]
+            tokens.append(sample_token(self.logits(state, sampling), uniforms[:, index], sampling))
+        return [hidden, torch.stack(tokens, dim=1) if tokens else lead[:, :0]]
+
     def _run(
         self,
         branch: GraphBranch,
@@ -245,15 +269,7 @@ class GraphDecoder(TorchDecoder):
         outputs: list[Tensor] = []
 
         def draw() -> list[Tensor]:
-            hidden = self.feed_at(workspace.cache, lead, workspace.start, actions, action_at)
-            tokens: list[Tensor] = []
-            state = hidden[:, -1]
-            for index in range(uniforms.shape[1]):
-                if tokens:
-                    at = workspace.start + (lead.shape[1] + index - 1)
-                    state = self.feed_at(workspace.cache, tokens[-1][:, None], at)[:, -1]
-                tokens.append(sample_token(self.logits(state, sampling), uniforms[:, index], sampling))
-            return [hidden, torch.stack(tokens, dim=1) if tokens else lead[:, :0]]
+            return self.draw(workspace.cache, lead, workspace.start, actions, action_at, uniforms, sampling)
 
         def run_eagerly() -> None:
             outputs[:] = draw()

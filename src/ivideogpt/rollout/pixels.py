@@ -14,7 +14,7 @@ import copy
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
 from warnings import warn
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ivideogpt.models.conditional import KeysValues
 from ivideogpt.models.tokenizer import CompressiveTokenizer, entries_to_grid, patches_to_grid
 from ivideogpt.rollout.cpu import why_unavailable, winograd
+from ivideogpt.rollout.gpu import no_kernels
 from ivideogpt.rollout.memory import SHARE, free_memory, is_out_of_memory
 from ivideogpt.rollout.weights import weights_key
 
@@ -50,11 +51,13 @@ class ContextFeatures:
         keys_values: of each cross-attention of the conditional decoder, (B, heads, t0 hw, C / heads) each.
         decoder: that made it, and is the only one that may use it.
         last: (B*t0, c, h, w), how far the context frames were decoded for that.
+        key: equal to that of no other context.
     """
 
     keys_values: tuple[KeysValues, ...]
     decoder: PixelDecoder
     last: Tensor
+    key: object = field(default_factory=object)
 
     @property
     def clips(self) -> int:
@@ -68,9 +71,9 @@ class ContextFeatures:
     def select(self, clips: slice | Tensor) -> ContextFeatures:
         """Those of some of the clips: without a copy for a slice, in any order and repeated for indices."""
         keys_values = tuple((k[clips], v[clips]) for k, v in self.keys_values)
-        selected = ContextFeatures(
-            keys_values, self.decoder, self.last.unflatten(0, (self.clips, -1))[clips].flatten(0, 1)
-        )
+        last = self.last.unflatten(0, (self.clips, -1))[clips].flatten(0, 1)
+        key = (self.key, clips.start, clips.stop) if isinstance(clips, slice) else object()
+        selected = ContextFeatures(keys_values, self.decoder, last, key)
         if "frames" in self.__dict__:
             selected.__dict__["frames"] = self.frames[clips]
         return selected
@@ -78,13 +81,31 @@ class ContextFeatures:
 
 @dataclass
 class _Graph:
-    """A captured decoding of one shape: inputs that are copied into, frames that are copied out of, its last use."""
+    """A captured decoding of one shape: inputs that are copied into, frames that are copied out of, its last use.
+
+    ``source`` tells which context's keys and values are in it, and of which of its clips.
+    """
 
     graph: torch.cuda.CUDAGraph
     indices: Tensor
     keys_values: tuple[KeysValues, ...]
     frames: Tensor
     used: torch.cuda.Event
+    source: object = None
+
+    def look_at(self, keys_values: tuple[KeysValues, ...], source: object) -> None:
+        """Copies ``keys_values`` in, unless those of ``source`` are what was copied last."""
+        if source == self.source:
+            return
+        for (k, v), (new_k, new_v) in zip(self.keys_values, keys_values, strict=True):
+            k.copy_(new_k)
+            v.copy_(new_v)
+        self.source = source
+
+
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """What frames are decoded in where nothing else is asked for."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 class PixelDecoder:
@@ -111,7 +132,7 @@ class PixelDecoder:
         products: torch.dtype = torch.float32,
     ) -> None:
         self.device = tokenizer.post_quant_linear.weight.device
-        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.dtype = dtype or usual_dtype(self.device)
         self.config = tokenizer.config
         self._lock = threading.Lock()
         self._graphs: dict[torch.Size, _Graph | None] | None = {} if graphs and self.device.type == "cuda" else None
@@ -130,6 +151,11 @@ class PixelDecoder:
                 grid_size = self.config.grid_size
                 self._to_context_frames = winograd.use_tiles(self._context, grid_size, products)
                 self._to_future_frames = winograd.use_tiles(self._future, grid_size, products)
+            elif not compile and no_kernels(self.device) is None:
+                from ivideogpt.rollout.gpu.norm import use_kernels
+
+                use_kernels(self._context)
+                use_kernels(self._future)
         self._run: Callable[[Tensor, tuple[KeysValues, ...]], Tensor] = self._decode
         if compile:
             self._run = torch.compile(self._decode, dynamic=False)
@@ -186,7 +212,7 @@ class PixelDecoder:
                 seen = tuple((k[rows], v[rows]) for k, v in context.keys_values)
                 for first in range(0, frames, frame_step):
                     part = dynamics_indices[rows, first : first + frame_step]
-                    video[rows, first : first + frame_step] = self._decode_part(part, seen)
+                    video[rows, first : first + frame_step] = self._decode_part(part, seen, (context.key, start))
             return video
 
         return self._fitting(clips * frames, run)
@@ -211,16 +237,14 @@ class PixelDecoder:
         frames = self._to_future_frames(self._future.last_features(latents, list(keys_values)))
         return to_unit_range(frames).unflatten(0, dynamics_indices.shape[:2])
 
-    def _decode_part(self, indices: Tensor, keys_values: tuple[KeysValues, ...]) -> Tensor:
+    def _decode_part(self, indices: Tensor, keys_values: tuple[KeysValues, ...], source: object) -> Tensor:
         with self._lock if self._graphs is not None else nullcontext():
             graph = self._graph_of(indices, keys_values)
             if graph is not None:
                 stream = torch.cuda.current_stream(self.device)
                 stream.wait_event(graph.used)  # another thread may have been here on another stream
                 graph.indices.copy_(indices)
-                for (k, v), (new_k, new_v) in zip(graph.keys_values, keys_values, strict=True):
-                    k.copy_(new_k)
-                    v.copy_(new_v)
+                graph.look_at(keys_values, source)
                 graph.graph.replay()
                 frames = graph.frames.clone()
                 graph.used.record(stream)
@@ -305,6 +329,7 @@ def pixel_decoder_for(
 ) -> PixelDecoder:
     """A :class:`PixelDecoder` of the tokenizer's weights as they are now; one that is at hand if there is one."""
     key = weights_key(tokenizer)
+    dtype = dtype or usual_dtype(tokenizer.post_quant_linear.weight.device)
     with _making:
         made = _made.setdefault(tokenizer, {})
         for old in [old for old, (weights, _) in made.items() if weights != key]:

@@ -1,0 +1,382 @@
+"""TritonDecoder: the frames of a GraphDecoder by kernels that were written for them.
+
+A step of torch operations is some thirty kernels a layer, and a small model spends its time between them. Here a layer
+is five of them, each of which starts loading its weights before the one in front has ended.
+
+B clips, S rows a clip, R = B*S rows, L tokens a row, M = R L, D embed_dim, H query heads, d head_dim, V ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ivideogpt.config import TransformerConfig
+from ivideogpt.models.transformer import Transformer
+from ivideogpt.rollout.cache import KVCache
+from ivideogpt.rollout.fused import FusedLayer
+from ivideogpt.rollout.gpu import attention, draw, products
+from ivideogpt.rollout.gpu.launch import INTERPRETED, OVERLAPPED_LAUNCHES
+from ivideogpt.rollout.graphs import GraphDecoder
+from ivideogpt.rollout.sampling import Sampling
+
+ROWS = 4
+"""Most rows whose products are made from weights in registers; more go through the matrix units."""
+
+TILE_ROWS = 64
+"""Most rows whose products are made here; with more of them a library's product and kernels around it win."""
+
+SHARED_ROWS = 8
+"""Queries of one clip from which on they meet its prefix together."""
+
+SPLIT = 128
+"""Positions of a part of the attention, where few rows leave the device idle."""
+
+
+ROW_SHAPES = {"qkv": (8, 4), "out": (4, 4), "gate_up": (8, 4), "down": (4, 8), "head": (16, 4)}
+"""Of each product of a few rows, outputs (or pairs of them) of a program, and its warps."""
+
+TILE_SHAPES = {"qkv": (16, 4), "out": (16, 4), "gate_up": (16, 4), "down": (16, 4)}
+"""The same of products by the matrix units."""
+
+TILE_DEPTH, TILE_STAGES = 128, 4
+"""Inputs of a product that the matrix units take at once, and how many times as many are on their way."""
+
+ATTEND_WARPS = 8
+
+SAMPLE_WARPS = 8
+
+
+def power_of_two(number: int) -> int:
+    """The next power of two from ``number`` on."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+@dataclass
+class Scratch:
+    """Buffers between the kernels of one way of feeding; made once for a graph.
+
+    x (M, D) float32, query (M, H, d), gated (M, mlp_dim), and the parts of an attention: outputs (M, splits, H, d) and
+    their log-sum-exp (M, splits, H), float32.
+    """
+
+    x: Tensor
+    query: Tensor
+    gated: Tensor
+    outputs: Tensor
+    lse: Tensor
+
+
+class TritonDecoder(GraphDecoder):
+    """Decoder of Triton kernels in a CUDA graph; see :func:`ivideogpt.rollout.gpu.why_unavailable` for which models.
+
+    Args:
+        transformer: whose weights are copied.
+        precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``: of weights, keys, values and what is multiplied.
+            Products are summed in float32, and so is the residual stream.
+    """
+
+    def __init__(self, transformer: Transformer, precision: str) -> None:
+        super().__init__(transformer, precision)
+        self._pdl = OVERLAPPED_LAUNCHES and not INTERPRETED and torch.cuda.get_device_capability(self.device)[0] >= 9
+        self._options: dict[str, Any] = {"launch_pdl": True} if self._pdl else {}
+        self._cos, self._sin = (table.contiguous() for table in self._rope)
+        self._scale = self._dim**-0.5
+        self._processors = 1 if INTERPRETED else torch.cuda.get_device_properties(self.device).multi_processor_count
+
+    def feed_at(
+        self,
+        branch: KVCache,
+        tokens: Tensor,
+        start: Tensor,
+        actions: Tensor | None = None,
+        action_at: int = -1,
+        offset: int = 0,
+    ) -> Tensor:
+        """Final normed hidden states (R, L, D) float32, at own positions from ``start`` + ``offset`` on."""
+        x = self._feed(branch, tokens, start, actions, action_at, offset)
+        hidden = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        self._add_norm(x, None, self._norm, hidden)
+        return hidden.unflatten(0, tokens.shape)
+
+    def draw(
+        self,
+        branch: KVCache,
+        lead: Tensor,
+        start: Tensor,
+        actions: Tensor | None,
+        action_at: int,
+        uniforms: Tensor,
+        sampling: Sampling,
+    ) -> list[Tensor]:
+        """Hidden states of ``lead`` and the drawn tokens (R, n)."""
+        rows, length, count = *lead.shape, uniforms.shape[1]
+        tokens = torch.empty(rows, count, dtype=torch.int64, device=lead.device)
+        x = self._feed(branch, lead, start, actions, action_at, 0)
+        hidden = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        self._add_norm(x, None, self._norm, hidden)
+        ids = self.config.vocab_size if sampling.last_id is None else sampling.last_id + 1
+        logits = torch.empty(rows, ids - sampling.first_id, dtype=torch.float32, device=lead.device)
+        scratch = self._scratch(branch, rows, 1) if count > 1 else None
+        for index in range(count):
+            if scratch is not None and index:
+                x = self._layers_of(branch, scratch, start, length + index - 1, 1)
+            self._logits(x, logits, sampling, length if index == 0 else 1)
+            following = scratch.x if scratch is not None and index + 1 < count else None
+            self._sample(logits, uniforms[:, index], tokens[:, index], sampling, following)
+        return [hidden.unflatten(0, lead.shape), tokens]
+
+    def _scratch(self, branch: KVCache, rows: int, length: int) -> Scratch:
+        count, device = rows * length, self.device
+        splits = self._splits(branch, rows, length)[-1]
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(count, *shape, dtype=dtype, device=device)
+
+        return Scratch(
+            empty(self.config.embed_dim),
+            empty(self._heads, self._dim, dtype=self._dtype),
+            empty(self.config.mlp_dim, dtype=self._dtype),
+            empty(splits, self._heads, self._dim),
+            empty(splits, self._heads),
+        )
+
+    def _splits(self, branch: KVCache, rows: int, length: int) -> tuple[bool, int, int, int, int]:
+        """Whether queries meet the prefix together; positions and number of its parts; of the own ones; parts in all.
+
+        Many rows fill the device anyway, so that their positions need not be split.
+        """
+        prefix, capacity = branch.prefix.length, branch.capacity
+        queries = branch.samples * length * self._heads // self._kv_heads
+        shared = queries >= SHARED_ROWS
+        programs = rows * length * self._kv_heads
+        most = max(1, 4 * self._processors // programs)
+        own = min(most, -(-capacity // SPLIT))
+        if shared:
+            tiles = rows // branch.samples * -(-queries // self._tile(queries)) * self._kv_heads
+            most = max(1, 2 * self._processors // tiles)
+        parts = min(most, -(-prefix // SPLIT))
+        return shared, -(-prefix // parts), parts, -(-capacity // own), parts + own
+
+    @staticmethod
+    def _tile(queries: int) -> int:
+        return 16 if queries <= 16 else 32 if queries <= 32 else 64
+
+    def _feed(
+        self,
+        branch: KVCache,
+        tokens: Tensor,
+        start: Tensor,
+        actions: Tensor | None,
+        action_at: int,
+        offset: int,
+    ) -> Tensor:
+        """The residual stream (M, D) of ``tokens`` behind the last layer."""
+        rows, length = tokens.shape
+        scratch = self._scratch(branch, rows, length)
+        self._embed(tokens, actions, action_at % length, scratch.x)
+        return self._layers_of(branch, scratch, start, offset, length)
+
+    def _layers_of(self, branch: KVCache, scratch: Scratch, start: Tensor, offset: int, length: int) -> Tensor:
+        """Takes the residual stream in ``scratch`` through all layers."""
+        count = len(scratch.x)
+        added = None
+        for index, layer in enumerate(self._layers):
+            if count <= ROWS:
+                self._layer_rows(branch, index, layer, scratch, start, offset, length)
+            elif count <= TILE_ROWS:
+                self._layer_tiles(branch, index, layer, scratch, start, offset, length)
+            else:
+                added = self._layer_library(branch, index, layer, scratch, start, offset, length, added)
+        return scratch.x if added is None else scratch.x.add_(added)
+
+    def _layer_rows(
+        self, branch: KVCache, index: int, layer: FusedLayer, s: Scratch, start: Tensor, offset: int, length: int
+    ) -> None:
+        config, count = self.config, len(s.x)
+        heads, kv_heads, dim, pdl = self._heads, self._kv_heads, self._dim, self._pdl
+        width, block = config.embed_dim, power_of_two(config.embed_dim)
+        half, warps = ROW_SHAPES["qkv"]
+        products.qkv_rows[((heads + 2 * kv_heads) * dim // 2 // half,)](
+            s.x, layer.attention_norm, layer.qkv, self._cos, self._sin, start, s.query, branch.keys[index],
+            branch.values[index], branch.capacity, branch.prefix.length, offset, self._eps,
+            count, length, width, heads, kv_heads, dim, half, block, pdl, **self._options, num_warps=warps,
+        )  # fmt: skip
+        splits = self._attend(branch, index, s, start, offset, length)
+        attended = heads * dim
+        outs, warps = ROW_SHAPES["out"]
+        products.residual_rows[(-(-width // outs),)](
+            s.x, s.outputs, s.lse, layer.out,
+            count, attended, width, outs, power_of_two(attended), splits, heads, dim, pdl,
+            **self._options, num_warps=warps,
+        )  # fmt: skip
+        outs, warps = ROW_SHAPES["gate_up"]
+        products.gate_up_rows[(-(-config.mlp_dim // outs),)](
+            s.x, layer.mlp_norm, layer.gate_up, s.gated, self._eps,
+            count, width, config.mlp_dim, outs, block, pdl, **self._options, num_warps=warps,
+        )  # fmt: skip
+        outs, warps = ROW_SHAPES["down"]
+        products.residual_rows[(-(-width // outs),)](
+            s.x, s.gated, s.lse, layer.down,
+            count, config.mlp_dim, width, outs, power_of_two(config.mlp_dim), 0, heads, dim, pdl,
+            **self._options, num_warps=warps,
+        )  # fmt: skip
+
+    def _layer_tiles(
+        self, branch: KVCache, index: int, layer: FusedLayer, s: Scratch, start: Tensor, offset: int, length: int
+    ) -> None:
+        config, count = self.config, len(s.x)
+        heads, kv_heads, dim, pdl = self._heads, self._kv_heads, self._dim, self._pdl
+        width, tile, block = config.embed_dim, self._tile(count), TILE_DEPTH
+        tiles = -(-count // tile)
+        options = {**self._options, "num_stages": TILE_STAGES}
+        half, warps = TILE_SHAPES["qkv"]
+        half = min(half, dim // 2)
+        products.qkv_tiles[((heads + 2 * kv_heads) * dim // 2 // half, tiles)](
+            s.x, layer.attention_norm, layer.qkv, self._cos, self._sin, start, s.query, branch.keys[index],
+            branch.values[index], branch.capacity, branch.prefix.length, offset, self._eps, count,
+            length, width, heads, kv_heads, dim, half, tile, block, pdl, **options, num_warps=warps,
+        )  # fmt: skip
+        outs, warps = TILE_SHAPES["out"]
+        joined = self._join(s, self._attend(branch, index, s, start, offset, length))
+        products.residual_tiles[(-(-width // outs), tiles)](
+            s.x, joined, layer.out, count, heads * dim, width, tile, outs, block, pdl, **options, num_warps=warps
+        )
+        outs, warps = TILE_SHAPES["gate_up"]
+        products.gate_up_tiles[(-(-config.mlp_dim // outs), tiles)](
+            s.x, layer.mlp_norm, layer.gate_up, s.gated, self._eps, count,
+            width, config.mlp_dim, tile, outs, block, pdl, **options, num_warps=warps,
+        )  # fmt: skip
+        outs, warps = TILE_SHAPES["down"]
+        products.residual_tiles[(-(-width // outs), tiles)](
+            s.x, s.gated, layer.down, count, config.mlp_dim, width, tile, outs, block, pdl, **options, num_warps=warps
+        )
+
+    def _layer_library(
+        self,
+        branch: KVCache,
+        index: int,
+        layer: FusedLayer,
+        s: Scratch,
+        start: Tensor,
+        offset: int,
+        length: int,
+        added: Tensor | None,
+    ) -> Tensor:
+        """What is still to be added to x; ``added`` is that of the layer in front."""
+        config, count = self.config, len(s.x)
+        heads, kv_heads, dim, pdl = self._heads, self._kv_heads, self._dim, self._pdl
+        normed = torch.empty(count, config.embed_dim, dtype=self._dtype, device=s.x.device)
+        self._add_norm(s.x, added, layer.attention_norm, normed)
+        qkv = F.linear(normed, layer.qkv)
+        products.qkv_scatter[(heads + 2 * kv_heads, -(-count // 16))](
+            qkv, self._cos, self._sin, start, s.query, branch.keys[index], branch.values[index], branch.capacity,
+            branch.prefix.length, offset, count, length, heads, kv_heads, dim, 16, pdl, **self._options,
+        )  # fmt: skip
+        joined = self._join(s, self._attend(branch, index, s, start, offset, length))
+        self._add_norm(s.x, F.linear(joined, layer.out), layer.mlp_norm, normed)
+        products.gated[(-(-s.gated.numel() // 1024),)](
+            F.linear(normed, layer.gate_up), s.gated, s.gated.numel(), config.mlp_dim, 1024, pdl, **self._options
+        )
+        return F.linear(s.gated, layer.down)
+
+    def _attend(self, branch: KVCache, index: int, s: Scratch, start: Tensor, offset: int, length: int) -> int:
+        """The parts of a layer's attention; how many there are."""
+        heads, kv_heads, dim = self._heads, self._kv_heads, self._dim
+        rows, prefix = branch.rows, branch.prefix
+        shared, chunk, parts, own_chunk, splits = self._splits(branch, rows, length)
+        first = 0
+        if shared:
+            queries = branch.samples * length * (heads // kv_heads)
+            tile = self._tile(queries)
+            tiles = -(-queries // tile)
+            attention.attend_prefix[(rows // branch.samples * tiles, kv_heads, parts)](
+                s.query, prefix.keys[index], prefix.values[index], s.outputs, s.lse, prefix.length,
+                self._scale, chunk, tiles, queries, heads, kv_heads, dim, tile, 64, splits, self._pdl, **self._options,
+            )  # fmt: skip
+            first = parts
+        longest = own_chunk if shared else max(chunk, own_chunk)
+        block = min(SPLIT, power_of_two(longest))
+        attention.attend_rows[(rows * length * kv_heads, splits - first)](
+            s.query, prefix.keys[index], prefix.values[index], branch.keys[index], branch.values[index], start,
+            s.outputs, s.lse, prefix.length, branch.capacity, offset, self._scale, chunk, own_chunk,
+            length, branch.samples, heads, kv_heads, dim, block, longest <= block, parts,
+            splits, first, self._pdl, **self._options, num_warps=ATTEND_WARPS if rows * length <= ROWS else 4,
+        )  # fmt: skip
+        return splits
+
+    def _join(self, s: Scratch, splits: int) -> Tensor:
+        width = self._heads * self._dim
+        out = torch.empty(len(s.x), width, dtype=self._dtype, device=s.x.device)
+        products.join[(len(s.x),)](
+            s.outputs, s.lse, out, splits, self._heads, self._dim, power_of_two(width), self._pdl,
+            **self._options,
+        )  # fmt: skip
+        return out
+
+    def _add_norm(
+        self, x: Tensor, added: Tensor | None, norm: Tensor, out: Tensor, row_first: int = 0, row_step: int = 1
+    ) -> None:
+        width = self.config.embed_dim
+        products.add_norm[(len(out),)](
+            x, x if added is None else added, norm, out, self._eps, row_first, row_step,
+            width, added is not None, power_of_two(width), self._pdl, **self._options,
+        )  # fmt: skip
+
+    def _embed(self, tokens: Tensor, actions: Tensor | None, action_at: int, x: Tensor) -> None:
+        width = self.config.embed_dim
+        weight, bias = self._action or (self._embedding, self._embedding)
+        draw.embed[(tokens.numel(),)](
+            tokens, self._embedding, tokens if actions is None else actions, weight, bias, x,
+            tokens.shape[1], width, 0 if actions is None else actions.shape[1], action_at, power_of_two(width),
+            self._pdl, **self._options,
+        )  # fmt: skip
+
+    def _logits(self, x: Tensor, logits: Tensor, sampling: Sampling, length: int) -> None:
+        """Logits of the last of each row's ``length`` tokens."""
+        rows, ids = logits.shape
+        width = self.config.embed_dim
+        weight = self._head[sampling.first_id : sampling.first_id + ids]
+        if rows <= ROWS:
+            outs, warps = ROW_SHAPES["head"]
+            products.head_rows[(-(-ids // outs),)](
+                x, self._norm, weight, logits, self._eps, length - 1, length, ids,
+                rows, width, outs, power_of_two(width), self._pdl, **self._options, num_warps=warps,
+            )  # fmt: skip
+            return
+        normed = torch.empty(rows, width, dtype=self._dtype, device=x.device)
+        self._add_norm(x, None, self._norm, normed, length - 1, length)
+        logits.copy_(F.linear(normed, weight))
+
+    def _sample(
+        self, logits: Tensor, uniforms: Tensor, tokens: Tensor, sampling: Sampling, following: Tensor | None
+    ) -> None:
+        """Draws one token of each row; its embedding becomes the residual stream ``following`` (R, D), if given."""
+        rows, ids = logits.shape
+        top_k = 0 if sampling.top_k is None or sampling.top_k >= ids else sampling.top_k
+        block = power_of_two(ids + 1) // 2
+        width = self.config.embed_dim if following is not None else 0
+        draw.sample[(rows,)](
+            logits, uniforms, tokens, self._embedding, logits if following is None else following, ids,
+            sampling.first_id, 1.0 if sampling.greedy else 1.0 / sampling.temperature, uniforms.stride(0),
+            tokens.stride(0), sampling.greedy, top_k, block, power_of_two(max(ids - block, 1)), width,
+            power_of_two(max(width, 1)), self._pdl, **self._options, num_warps=max(1, min(SAMPLE_WARPS, block // 512)),
+        )  # fmt: skip
+
+
+def unsupported(config: TransformerConfig, precision: str) -> str | None:
+    """Why these kernels cannot run a transformer of this shape, None if they can."""
+    assert config.head_dim is not None
+    if precision not in ("float32", "bfloat16", "float16"):
+        return f"precision {precision} is not one of float32, bfloat16 and float16"
+    if config.attention_bias or config.mlp_bias:
+        return "its projections have biases"
+    if config.head_dim not in (32, 64, 128):
+        return f"its heads are {config.head_dim} wide, not 32, 64 or 128"
+    if max(config.embed_dim, config.mlp_dim) > 8192:
+        return f"its layers are wider than 8192 ({config.embed_dim} and {config.mlp_dim})"
+    return None
