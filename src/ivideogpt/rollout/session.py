@@ -174,9 +174,11 @@ class Session:
         actions = check_actions(action, self._transformer, (self._batch,), self._device)
         states = generator_states(self._generator)
         try:
-            with imagining(self._device, self._tokenizer, self._transformer, self._reward_head):
+            # decoders hold copies of the weights, in eval mode whatever mode the models are in
+            with imagining(self._device, self._reward_head):
                 if self.horizon_left == 0:
-                    anchored = self._segment(self._latest_frames())
+                    with imagining(self._device, self._tokenizer, self._transformer):
+                        anchored = self._segment(self._latest_frames())
                     segments = [*segments, anchored][-KEPT_SEGMENTS:]
                 step = self._imagine(segments[-1], actions, states)
                 if decode:

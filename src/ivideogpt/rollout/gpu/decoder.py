@@ -20,7 +20,7 @@ from ivideogpt.models.transformer import Transformer
 from ivideogpt.rollout.cache import KVCache
 from ivideogpt.rollout.fused import FusedLayer
 from ivideogpt.rollout.gpu import attention, draw, products
-from ivideogpt.rollout.gpu.launch import INTERPRETED, OVERLAPPED_LAUNCHES
+from ivideogpt.rollout.gpu.launch import INTERPRETED, OVERLAPPED_LAUNCHES, power_of_two
 from ivideogpt.rollout.graphs import GraphDecoder
 from ivideogpt.rollout.sampling import Sampling
 
@@ -49,11 +49,6 @@ TILE_DEPTH, TILE_STAGES = 128, 4
 ATTEND_WARPS = 8
 
 SAMPLE_WARPS = 8
-
-
-def power_of_two(number: int) -> int:
-    """The next power of two from ``number`` on."""
-    return 1 << max(number - 1, 0).bit_length()
 
 
 @dataclass

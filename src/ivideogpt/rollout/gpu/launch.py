@@ -24,4 +24,10 @@ else:
 INTERPRETED = bool(knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, on a CPU (``TRITON_INTERPRET=1``, for tests)."""
 
-__all__ = ["INTERPRETED", "OVERLAPPED_LAUNCHES", "gdc_launch_dependents", "gdc_wait"]
+
+def power_of_two(number: int) -> int:
+    """The next power of two from ``number`` on."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+__all__ = ["INTERPRETED", "OVERLAPPED_LAUNCHES", "gdc_launch_dependents", "gdc_wait", "power_of_two"]

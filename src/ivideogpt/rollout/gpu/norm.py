@@ -1,4 +1,7 @@
-"""Group norm and SiLU of channels-last maps, in two Triton kernels: sums of parts of a map, then all the rest.
+"""What stands between the convolutions of a decoder, in Triton: group norm and SiLU, biases and residuals.
+
+Maps are channels-last. A norm is two kernels: sums of parts of a map, then all the rest. A convolution leaves its bias
+to what follows it, which has the map in hand anyway.
 
 B maps of C channels and H W = P pixels, stored pixel by pixel.
 """
@@ -6,6 +9,7 @@ B maps of C channels and H W = P pixels, stored pixel by pixel.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,89 +18,117 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from ivideogpt.models.autoencoder import Recomputing, normed_convolution
+from ivideogpt.models.autoencoder import Recomputing, ResidualBlock, normed_convolution
+from ivideogpt.rollout.gpu.launch import power_of_two
 
 TILE = 8192
 """Values that a program reads."""
 
+MOST_PARTS = 32
+"""Parts of a map whose sums each program of the second kernel reads."""
+
 
 @triton.jit
 def part_sums(
-    x, sums, pixels, parts, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+    x, shift, sums, pixels, parts, part_pixels,
+    CHANNELS: tl.constexpr, SHIFT: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Sums and sums of squares of a part's pixels, a channel each: ``sums`` (B, parts, 2, CHANNELS)."""
+    """Sums and sums of squares of a part's pixels, a channel each: ``sums`` (B, parts, 2, CHANNELS).
+
+    With SHIFT, of x + ``shift`` (CHANNELS).
+    """
     part = tl.program_id(0)
     image = tl.program_id(1)
-    channels = tl.arange(0, BLOCK_C)
-    inside = channels < CHANNELS
-    pixel = part * BLOCK_P + tl.arange(0, BLOCK_P)
-    seen = (pixel < pixels)[:, None] & inside[None, :]
-    at = (image.to(tl.int64) * pixels + pixel)[:, None] * CHANNELS + channels[None, :]
-    values = tl.load(x + at, mask=seen, other=0.0).to(tl.float32)
+    channels = tl.arange(0, CHANNELS)
+    added = tl.zeros([CHANNELS], tl.float32)
+    if SHIFT:
+        added = tl.load(shift + channels).to(tl.float32)
+    total = tl.zeros([CHANNELS], tl.float32)
+    squares = tl.zeros([CHANNELS], tl.float32)
+    end = tl.minimum((part + 1) * part_pixels, pixels)
+    for first in range(part * part_pixels, end, BLOCK_P):
+        pixel = first + tl.arange(0, BLOCK_P)
+        seen = (pixel < end)[:, None]
+        at = (image.to(tl.int64) * pixels + pixel)[:, None] * CHANNELS + channels[None, :]
+        values = tl.load(x + at, mask=seen, other=0.0).to(tl.float32) + added[None, :]
+        values = tl.where(seen, values, 0.0)
+        total += tl.sum(values, axis=0)
+        squares += tl.sum(values * values, axis=0)
     out = sums + (image * parts + part) * 2 * CHANNELS + channels
-    tl.store(out, tl.sum(values, axis=0), mask=inside)
-    tl.store(out + CHANNELS, tl.sum(values * values, axis=0), mask=inside)
+    tl.store(out, total)
+    tl.store(out + CHANNELS, squares)
 
 
 @triton.jit
 def normalize(
-    x, sums, weight, bias, out, pixels, parts, eps,
-    CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
+    x, shift, sums, weight, bias, out, pixels, parts, eps,
+    CHANNELS: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_PARTS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """The norm of a part's pixels, by groups of GROUP channels, and its SiLU."""
-    part = tl.program_id(0)
+    """The norm of BLOCK_P pixels, by groups of GROUP channels, and its SiLU; of x + ``shift`` with SHIFT."""
     image = tl.program_id(1)
-    channels = tl.arange(0, BLOCK_C)
-    inside = channels < CHANNELS
-    total = tl.zeros([BLOCK_C], tl.float32)
-    squares = tl.zeros([BLOCK_C], tl.float32)
-    for first in range(0, parts, BLOCK_PARTS):
-        one = first + tl.arange(0, BLOCK_PARTS)
-        seen = (one < parts)[:, None] & inside[None, :]
-        at = sums + (image * parts + one)[:, None] * 2 * CHANNELS + channels[None, :]
-        total += tl.sum(tl.load(at, mask=seen, other=0.0), axis=0)
-        squares += tl.sum(tl.load(at + CHANNELS, mask=seen, other=0.0), axis=0)
-    count = GROUP * pixels
-    group_total = tl.sum(tl.reshape(total, [BLOCK_C // GROUP, GROUP]), axis=1) / count
-    group_squares = tl.sum(tl.reshape(squares, [BLOCK_C // GROUP, GROUP]), axis=1) / count
-    inverse = tl.rsqrt(tl.maximum(group_squares - group_total * group_total, 0.0) + eps)
-    spread = tl.zeros([BLOCK_C // GROUP, GROUP], tl.float32)
-    mean = tl.reshape(spread + group_total[:, None], [BLOCK_C])
-    scale = tl.reshape(spread + inverse[:, None], [BLOCK_C])
-    scale = scale * tl.load(weight + channels, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32) - mean * scale
-    pixel = part * BLOCK_P + tl.arange(0, BLOCK_P)
-    wanted = (pixel < pixels)[:, None] & inside[None, :]
+    channels = tl.arange(0, CHANNELS)
+    pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    wanted = (pixel < pixels)[:, None]
     at = (image.to(tl.int64) * pixels + pixel)[:, None] * CHANNELS + channels[None, :]
-    values = tl.load(x + at, mask=wanted, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
+    values = tl.load(x + at, mask=wanted, other=0.0).to(tl.float32)
+    one = tl.arange(0, BLOCK_PARTS)
+    seen = (one < parts)[:, None]
+    of_parts = sums + (image * parts + one)[:, None] * 2 * CHANNELS + channels[None, :]
+    total = tl.sum(tl.load(of_parts, mask=seen, other=0.0), axis=0)
+    squares = tl.sum(tl.load(of_parts + CHANNELS, mask=seen, other=0.0), axis=0)
+    count = GROUP * pixels
+    group_total = tl.sum(tl.reshape(total, [CHANNELS // GROUP, GROUP]), axis=1) / count
+    group_squares = tl.sum(tl.reshape(squares, [CHANNELS // GROUP, GROUP]), axis=1) / count
+    inverse = tl.rsqrt(tl.maximum(group_squares - group_total * group_total, 0.0) + eps)
+    spread = tl.zeros([CHANNELS // GROUP, GROUP], tl.float32)
+    mean = tl.reshape(spread + group_total[:, None], [CHANNELS])
+    scale = tl.reshape(spread + inverse[:, None], [CHANNELS])
+    scale = scale * tl.load(weight + channels).to(tl.float32)
+    if SHIFT:
+        mean = mean - tl.load(shift + channels).to(tl.float32)
+    offset = tl.load(bias + channels).to(tl.float32) - mean * scale
+    values = values * scale[None, :] + offset[None, :]
     if SILU:
         values = values * tl.sigmoid(values)
     tl.store(out + at, values.to(out.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def add(x, y, bias, out, count, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of maps x and y and of ``bias`` (CHANNELS), with ``count`` values in all."""
+    item = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    seen = item < count
+    values = tl.load(x + item, mask=seen, other=0.0).to(tl.float32)
+    values += tl.load(y + item, mask=seen, other=0.0).to(tl.float32)
+    values += tl.load(bias + item % CHANNELS, mask=seen, other=0.0).to(tl.float32)
+    tl.store(out + item, values.to(out.dtype.element_ty), mask=seen)
 
 
 def fits(norm: nn.Module) -> bool:
     """Whether the kernels know this norm: channels and groups of them that are powers of two."""
     if not isinstance(norm, nn.GroupNorm) or not norm.affine:
         return False
-    group = norm.num_channels // norm.num_groups
-    return norm.num_channels & (norm.num_channels - 1) == 0 and group & (group - 1) == 0 and norm.num_channels <= TILE
+    channels, group = norm.num_channels, norm.num_channels // norm.num_groups
+    return channels & (channels - 1) == 0 and group & (group - 1) == 0 and 16 <= channels <= TILE // 8
 
 
-def group_norm(norm: nn.GroupNorm, x: Tensor, silu: bool) -> Tensor:
-    """``norm(x)`` of ``x`` (B, C, H, W), and the SiLU of that; sums are float32."""
+def group_norm(norm: nn.GroupNorm, x: Tensor, silu: bool, shift: Tensor | None = None) -> Tensor:
+    """``norm(x)`` of ``x`` (B, C, H, W), and the SiLU of that; of x + ``shift`` (C) if given. Sums are float32."""
     x = x.contiguous(memory_format=torch.channels_last)
     images, channels, height, width = x.shape
     pixels = height * width
-    block = max(1, min(TILE // channels, pixels // 32))  # small maps are spread over the device
-    block = 1 << (block.bit_length() - 1)
-    parts = -(-pixels // block)
+    fewest = max(1, 1024 // channels)  # small maps are spread over the device
+    block = min(TILE // channels, max(fewest, power_of_two(-(-pixels // 64))))
+    part = max(block, -(-pixels // MOST_PARTS))
+    parts = -(-pixels // part)
     sums = torch.empty(images, parts, 2, channels, dtype=torch.float32, device=x.device)
     out = torch.empty_like(x)
-    part_sums[(parts, images)](x, sums, pixels, parts, channels, channels, block)
-    normalize[(parts, images)](
-        x, sums, norm.weight, norm.bias, out, pixels, parts, norm.eps,
-        channels, channels, channels // norm.num_groups, block, max(1, min(64, TILE // channels)), silu,
+    added = norm.bias if shift is None else shift
+    part_sums[(parts, images)](x, added, sums, pixels, parts, part, channels, shift is not None, block)
+    normalize[(-(-pixels // block), images)](
+        x, added, sums, norm.weight, norm.bias, out, pixels, parts, norm.eps,
+        channels, shift is not None, channels // norm.num_groups, block, power_of_two(parts), silu,
     )  # fmt: skip
     return out
 
@@ -110,8 +142,24 @@ def agrees(device: torch.device) -> bool:
         return torch.allclose(group_norm(norm, x, silu=True), F.silu(norm(x)), atol=1e-5)
 
 
+def residual_block(block: ResidualBlock, x: Tensor) -> Tensor:
+    """What :class:`ResidualBlock` gives, whose norms must fit."""
+    assert isinstance(block.norm1, nn.GroupNorm) and isinstance(block.norm2, nn.GroupNorm)
+    h = F.conv2d(group_norm(block.norm1, x, silu=True), block.conv1.weight, padding=1)
+    h = F.conv2d(group_norm(block.norm2, h, silu=True, shift=block.conv1.bias), block.conv2.weight, padding=1)
+    bias = block.conv2.bias
+    assert bias is not None
+    if block.conv_shortcut is not None:
+        assert block.conv_shortcut.bias is not None
+        x, bias = F.conv2d(x, block.conv_shortcut.weight), bias + block.conv_shortcut.bias
+    x, h = (one.contiguous(memory_format=torch.channels_last) for one in (x, h))
+    out = torch.empty_like(h)
+    add[(-(-h.numel() // 1024),)](x, h, bias, out, h.numel(), h.shape[1], 1024)
+    return out
+
+
 def use_kernels(module: nn.Module) -> None:
-    """Lets all norms in front of a convolution inside of ``module`` run by these kernels, in place."""
+    """Lets residual blocks and norms in front of a convolution inside of ``module`` run by the kernels, in place."""
 
     def run(part: Callable[..., Tensor], *inputs: Any) -> Tensor:
         if part is normed_convolution and fits(inputs[0]):
@@ -120,5 +168,7 @@ def use_kernels(module: nn.Module) -> None:
         return part(*inputs)
 
     for child in module.modules():
-        if isinstance(child, Recomputing):
+        if isinstance(child, ResidualBlock) and fits(child.norm1) and fits(child.norm2):
+            child.forward = partial(residual_block, child)  # type: ignore[method-assign]
+        elif isinstance(child, Recomputing):
             child.run = run  # type: ignore[method-assign]
