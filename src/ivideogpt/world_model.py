@@ -199,6 +199,7 @@ class WorldModel(nn.Module):
         precision: str | None = None,
         dynamics_ids_only: bool = False,
         speculation: Speculation | None = None,
+        frame_precision: str | None = None,
     ) -> Rollout:
         """Predicts the frames, and rewards, that follow ``context_frames``.
 
@@ -211,7 +212,8 @@ class WorldModel(nn.Module):
             temperature: 0 is argmax.
             top_k: likeliest tokens that are sampled from; None for all.
             num_samples: futures a clip; row ``b * num_samples + s`` of the result is sample s of clip b.
-            generator: on the model's device; the same state gives the same video. A list has one for each row.
+            generator: on the model's device, or on a CPU, whose numbers are the same for every device; the same state
+                gives the same video. A list has one for each row.
             force_slots: put a slot token in front of each frame; False samples every position freely.
             return_frames: ``"all"``, ``"last"`` for the context and the last predicted frame, or None for no video.
             precision: of the transformer's weights in the rollout: ``"float32"``, ``"bfloat16"``, ``"float16"``,
@@ -219,6 +221,8 @@ class WorldModel(nn.Module):
                 probe. None leaves them as they are.
             dynamics_ids_only: sample among the ids of future frames only, which is a little faster.
             speculation: draw several tokens at a time, guessed from the frame before.
+            frame_precision: that frames are decoded in, ``"float32"`` or ``"bfloat16"``; None is what the device is
+                fast with, bfloat16 on a GPU.
 
         Raises:
             ValueError: if an argument does not fit the model.
@@ -243,6 +247,7 @@ class WorldModel(nn.Module):
             precision=precision,
             dynamics_ids_only=dynamics_ids_only,
             speculation=speculation,
+            frame_precision=frame_precision,
         )
 
     def session(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ivideogpt.data.sources.video import VIDEO_SUFFIXES, find_videos, read_video
 from ivideogpt.metrics.frechet import VideoFrechetDistance
+from ivideogpt.metrics.measuring import full_float32
 from ivideogpt.metrics.networks import FeatureNetwork
 
 CLIP_FRAMES = 17
@@ -55,6 +56,7 @@ def class_distance(
     frames: int = CLIP_FRAMES,
     size: int = CLIP_SIZE,
     device: torch.device | str = "cpu",
+    watch: Callable[[int, int], None] | None = None,
 ) -> ClassDistance:
     """Frechet distance of the clips in two folders of classes.
 
@@ -65,6 +67,7 @@ def class_distance(
         frames: of a clip; of a longer one the first count.
         size: height and width of a clip in pixels.
         device: where the network runs.
+        watch: is told how many clips of how many are done.
 
     Raises:
         ValueError: if the classes differ, a clip is too short, of another size or does not decode, or there are too
@@ -80,9 +83,14 @@ def class_distance(
                 f"{generated if whose else real}: {', '.join(missing[:5])}"
             )
     metric = VideoFrechetDistance(network)
-    for whose, clips in found.items():
-        for batch in _batches([path for _, path in clips], frames, size):
-            metric.update(batch.to(device), real=whose)
+    done, total = 0, sum(len(clips) for clips in found.values())
+    with full_float32():
+        for whose, clips in found.items():
+            for batch in _batches([path for _, path in clips], frames, size):
+                metric.update(batch.to(device), real=whose)
+                done += len(batch)
+                if watch is not None:
+                    watch(done, total)
     notes = metric.notes()
     shares = {whose: {name: count / counts[whose].total() for name, count in counts[whose].items()} for whose in counts}
     uneven = [name for name in shares[True] if abs(shares[True][name] - shares[False][name]) > 0.01]
@@ -95,7 +103,7 @@ def class_distance(
     lossy = [path for path in lossy if path.suffix.lower() not in LOSSLESS]
     if lossy:
         notes.append(f"{len(lossy)} clips are compressed videos, whose losses count too (first: {lossy[0].name})")
-    label = "gFVD" if network.is_reference else network.label
+    label = "gFVD" if network.is_reference else metric.label
     return ClassDistance(float(metric.compute()), label, dict(counts[True]), dict(counts[False]), notes)
 
 

@@ -85,8 +85,13 @@ def evaluate(
     if rank > 0:
         kept = Journal(journal, header, begin=False)
     earlier = sum(record.get("seconds", 0.0) for record in kept.records.values())
-    with contextlib.closing(kept):
-        _work_through(work, work.groups[rank::processes], kept, watch)
+    try:
+        with contextlib.closing(kept):
+            _work_through(work, work.groups[rank::processes], kept, watch)
+    except BaseException:
+        if processes == 1 and not kept.records:
+            kept.remove()  # nothing to go on with: the next call may have other settings
+        raise
     if processes > 1:
         dist.barrier()
     if rank > 0:
@@ -103,7 +108,7 @@ def evaluate(
     result = assemble(kept, protocol, judges, work.places)
     head = {"schema_version": SCHEMA_VERSION, "model": name, "protocol": protocol.to_json(), "seed": seed,
             "seeding": "one stream for each sample, from SHA-256 of seed, run, episode, start frame and sample",
-            "measured": "autoregressive", "device": str(model.device), "processes": processes,
+            "measured": "autoregressive", "device": _device_name(model.device), "processes": processes,
             "batch_size": batch_size,
             "seconds": round(earlier + time.time() - started, 1), "versions": versions(),
             "hashes": {"model": header["model"], "data": clips.data(), "networks": judges.hashes}}  # fmt: skip
@@ -134,6 +139,10 @@ def _work_through(
                 done += 1
         if watch is not None:
             watch(done, total)
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _header(work: Work) -> dict[str, Any]:

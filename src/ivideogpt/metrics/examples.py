@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ivideogpt.drawing import to_uint8
 from ivideogpt.metrics.judges import HIGHER_IS_BETTER
-from ivideogpt.metrics.measuring import Work, as_floats, predict, recorded_actions
+from ivideogpt.metrics.measuring import Work, as_floats, full_float32, predict, recorded_actions
 
 SHOWN = 3
 """How many of the best and of the worst."""
@@ -68,6 +68,7 @@ def choose(result: Mapping[str, Any], metric: str) -> tuple[list[int], list[int]
     return order[:count], order[::-1][: min(count, len(order) - count)], order[len(order) // 2]
 
 
+@full_float32()
 @torch.inference_mode()
 def gather(work: Work, result: Mapping[str, Any]) -> Examples:
     """Rolls out what a report shows.

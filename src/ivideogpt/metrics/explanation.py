@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ivideogpt.metrics import alterations as other
 from ivideogpt.metrics.judges import HIGHER_IS_BETTER, Judges
-from ivideogpt.metrics.measuring import Clips, RollsOut, Work, as_floats, predict, recorded_actions
+from ivideogpt.metrics.measuring import Clips, RollsOut, Work, as_floats, full_float32, predict, recorded_actions
 from ivideogpt.metrics.protocols import EvaluationProtocol
 from ivideogpt.metrics.results import OVERALL
 
@@ -54,6 +54,7 @@ class _Seen:
     greedy: Tensor | None
 
 
+@full_float32()
 @torch.inference_mode()
 def explain(
     model: RollsOut,

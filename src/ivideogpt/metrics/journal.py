@@ -8,6 +8,7 @@ summed up in the order of the videos at the end, which is why neither a kill nor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ivideogpt.data.locking import locked
 
 HEADER = "header.json"
 FORMAT = "ivideogpt-evaluation-journal"
@@ -136,6 +139,25 @@ class Journal:
         """Deletes the folder, once the result is written."""
         self.close()
         shutil.rmtree(self.folder)
+
+
+@contextlib.contextmanager
+def only_evaluation(folder: Path) -> Iterator[None]:
+    """Keeps a second evaluation away from the journal in ``folder``, by a lock file beside it, which is removed.
+
+    Raises:
+        ValueError: if another evaluation is under way there.
+    """
+    lock = folder.with_name(f"{folder.name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, wait=False))
+            stack.callback(lock.unlink, missing_ok=True)  # while it is held
+        except ImportError:
+            pass  # no such lock on Windows
+        except BlockingIOError as error:
+            raise ValueError(f"another evaluation writes to {folder}: wait for it, or give another --out") from error
+        yield
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -77,10 +77,13 @@ def _add_lpips(judges: Judges, network: str, path: str | None, device: Any) -> N
 def other_networks(protocol: EvaluationProtocol, judges: Judges, device: Any = "cpu") -> dict[str, Any]:
     """What an explanation needs beside: LPIPS with the other network, and in words what cannot be had."""
     missing = {}
-    if judges.features is None and protocol.fvd is not None:
-        missing["FVD network"] = judges.missing.get("fvd", "not in this protocol")
-    else:
-        missing["FVD network"] = "there is one published network (I3D); a distance by any other is not FVD"
+    if "fvd" in judges.missing:
+        missing["FVD network"] = judges.missing["fvd"]
+    elif judges.features is not None:
+        missing["FVD network"] = (
+            "FVD was measured with one network and never with another: there is one published network (I3D), and a "
+            "distance by any other is not FVD, though it is often called so"
+        )
     beside = Judges({})
     other = "alex" if protocol.lpips == "vgg" else "vgg"
     if "lpips" in judges.frames:

@@ -5,9 +5,10 @@ B clips, S samples a clip, k of them at once, T frames, t0 context frames, F = T
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -79,6 +80,13 @@ class Work:
         """Episode, source and start frame of each clip."""
         return [self.clips.place(number) for number in range(len(self.clips))]
 
+    @cached_property
+    def frame_precision(self) -> str | None:
+        """That frames are decoded in: float32 on every device, unless the model itself is in something coarser."""
+        parameters = getattr(self.model, "parameters", lambda: iter(()))()
+        coarser = any(one.dtype in (torch.bfloat16, torch.float16) for one in parameters)
+        return None if coarser else "float32"
+
     @property
     def groups(self) -> list[tuple[int, list[int]]]:
         """(run, clips) that are rolled out together: the same ones however many processes there are."""
@@ -112,6 +120,20 @@ def sample_seed(seed: int, run: int, key: str, start: int, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1  # manual_seed takes 63 bits
 
 
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside, a GPU computes float32 as float32, not as TF32, by torch's global switches; nothing changes on a CPU."""
+    switches: list[Any] = [getattr(torch.backends.cudnn, "conv"), torch.backends.cuda.matmul]  # noqa: B009 (mypy)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
+
+
 def as_floats(video: Tensor, device: torch.device) -> Tensor:
     """Video in [0, 1] on ``device``.
 
@@ -128,7 +150,7 @@ def as_floats(video: Tensor, device: torch.device) -> Tensor:
 def predict(
     work: Work, run: int, numbers: Sequence[int], video: Tensor, actions: Tensor | None, samples: Sequence[int]
 ) -> Any:
-    """Rolls out some samples of some clips, each with random numbers of its own.
+    """Rolls out some samples of some clips, each with random numbers of its own, drawn on the CPU for any device.
 
     Args:
         work: the evaluation.
@@ -144,12 +166,12 @@ def predict(
     Raises:
         ValueError: if a predicted frame is not finite.
     """
-    device, protocol = work.model.device, work.protocol
+    protocol = work.protocol
     streams = []
     for number in numbers:
         key, _, start = work.places[number]
         for sample in samples:
-            streams.append(torch.Generator(device).manual_seed(sample_seed(work.seed, run, key, start, sample)))
+            streams.append(torch.Generator().manual_seed(sample_seed(work.seed, run, key, start, sample)))
     found = work.model.rollout(
         video[:, : protocol.context_length],
         None if actions is None else actions[:, : protocol.frames - 1],
@@ -158,6 +180,7 @@ def predict(
         top_k=protocol.top_k,
         num_samples=len(samples),
         generator=streams,
+        frame_precision=work.frame_precision,
     )
     finite = torch.isfinite(found.video).flatten(1).all(dim=1)
     if not bool(finite.all()):
@@ -189,6 +212,7 @@ def recorded_actions(work: Work, batch: dict[str, Any]) -> Tensor | None:
     return actions.float()
 
 
+@full_float32()
 @torch.inference_mode()
 def measure(work: Work, run: int, numbers: Sequence[int]) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
     """Measures clips of one group in one run.

@@ -12,18 +12,20 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ivideogpt.metrics.bootstrap import interval, num_episodes
 from ivideogpt.metrics.frechet_results import frechet_summary
 from ivideogpt.metrics.journal import Journal
 from ivideogpt.metrics.judges import HIGHER_IS_BETTER, Judges
 from ivideogpt.metrics.protocols import EvaluationProtocol
+from ivideogpt.metrics.rollouts import RewardAccuracy
 
 SCHEMA_VERSION = 2
 """1 had one run, no protocol and no values of single videos."""
@@ -163,12 +165,14 @@ def _rewards(records: list[list[dict[str, Any]]]) -> dict[str, Any] | None:
     given = [record["rewards"] for run in records for record in run if record.get("rewards")]
     if not given:
         return None
-    true, predicted = (np.concatenate([one[which] for one in given]) for which in ("true", "predicted"))
-    correlation = pearson(true, predicted)
+    accuracy = RewardAccuracy(sync_on_compute=False)  # the journal holds what all processes have seen
+    for one in given:
+        accuracy.update(*(torch.tensor(one[which], dtype=torch.float64) for which in ("predicted", "true")))
+    found = {name: float(value) for name, value in accuracy.compute().items()}
     return {
         "frames": sum(len(record["rewards"]["true"]) for record in records[0] if record.get("rewards")),
-        "pearson_r": correlation,
-        "mse": float(np.square(true - predicted).mean()),
+        "pearson_r": None if math.isnan(found["pearson_r"]) else found["pearson_r"],
+        "mse": found["mse"],
     }
 
 
@@ -182,19 +186,6 @@ def _tokens(records: list[dict[str, Any]]) -> dict[str, Any] | None:
         "context_entries_used": len({entry for one in given for entry in one["context"]}),
         "dynamics_entries_used": len({entry for one in given for entry in one["dynamics"]}),
     }
-
-
-def pearson(x: Iterable[float], y: Iterable[float]) -> float | None:
-    """Correlation of ``x`` and ``y``; None where one of them does not vary (or there are fewer than two)."""
-    first, second = (np.asarray(list(values), dtype=np.float64) for values in (x, y))
-    if len(first) < 2:
-        return None
-    first, second = first - first.mean(), second - second.mean()
-    scale = float(np.linalg.norm(first) * np.linalg.norm(second))
-    # rounding leaves a constant with a tiny norm, whose direction means nothing
-    if not scale > 1e-12 * len(first):
-        return None
-    return max(-1.0, min(1.0, float(first @ second) / scale))
 
 
 def versions() -> dict[str, str]:

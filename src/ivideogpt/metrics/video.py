@@ -10,11 +10,13 @@ import math
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 """The Gaussian window of the evaluation protocol (Wang et al., 2004)."""
+
+SSIM_PIXELS = 2**18
+"""Pixels of frames whose SSIM is computed at once."""
 
 PSNR_FLOOR = 1e-10
 """Smallest mean squared error that PSNR sees: identical frames get 100 dB instead of infinity, which spoils a mean."""
@@ -107,15 +109,37 @@ def windowed_ssim(
         gaussian: of sigma 1.5; else a uniform window.
         window: its pixels a side.
     """
+    steady = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    size = prediction.shape[-2:]
     # in float64: variances are differences of nearly equal numbers where frames are flat
-    _, full = structural_similarity_index_measure(
-        prediction.flatten(0, 1).double(), truth.flatten(0, 1).double(), gaussian_kernel=gaussian, sigma=SSIM_SIGMA,
-        kernel_size=window, data_range=data_range, reduction="none", return_full_image=True,
-    )  # fmt: skip
-    # torchmetrics pads by reflection and, since 1.8, counts the border too: cut it off in any version
-    assert isinstance(full, Tensor) and full.shape[-2:] == prediction.shape[-2:]
-    inside = full[:, :, border : full.shape[2] - border, border : full.shape[3] - border]
-    return inside.mean(dim=(1, 2, 3)).unflatten(0, prediction.shape[:2]).to(prediction.dtype)
+    rows, columns = (_windows(length, window, border, gaussian).to(prediction.device) for length in size)
+    at_once = max(1, SSIM_PIXELS // (size[0] * size[1]))
+    parts = [
+        _similarity(x.double(), y.double(), rows, columns.T, steady)
+        for x, y in zip(prediction.flatten(0, 1).split(at_once), truth.flatten(0, 1).split(at_once), strict=True)
+    ]
+    return torch.cat(parts).unflatten(0, prediction.shape[:2]).to(prediction.dtype)
+
+
+def _windows(length: int, window: int, border: int, gaussian: bool) -> Tensor:
+    """Each window's weights over a line of pixels (length - 2 border, length), which is continued by reflection."""
+    taps = torch.arange(window) - window // 2
+    weights = torch.exp(-0.5 * (taps.double() / SSIM_SIGMA) ** 2) if gaussian else torch.ones(window).double()
+    places = (torch.arange(border, length - border)[:, None] + taps).abs()
+    places = torch.where(places < length, places, 2 * (length - 1) - places)
+    found = torch.zeros(len(places), length, dtype=torch.float64)
+    return found.scatter_add_(1, places, (weights / weights.sum()).expand_as(places))
+
+
+def _similarity(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor, steady: tuple[float, float]) -> Tensor:
+    """SSIM (N,) of frames (N, C, H, W): windows are sums by rows and columns, so two products with all of them."""
+    mean_x, mean_y, square_x, square_y, product = (
+        rows @ value @ columns for value in (x, y, x.square(), y.square(), x * y)
+    )
+    variances = (square_x - mean_x.square()).clamp_min(0) + (square_y - mean_y.square()).clamp_min(0)
+    covariance = product - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + steady[0]) / (mean_x.square() + mean_y.square() + steady[0])
+    return (luminance * (2 * covariance + steady[1]) / (variances + steady[1])).mean(dim=(1, 2, 3))
 
 
 def best_of(values: Tensor, num_samples: int, higher_is_better: bool = True) -> Tensor:

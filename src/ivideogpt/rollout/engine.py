@@ -26,6 +26,7 @@ from ivideogpt.rollout.frame import Drawing, FrameState, feed_unfed, next_frame
 from ivideogpt.rollout.inputs import (
     check_actions,
     check_context_frames,
+    check_frame_precision,
     check_horizon,
     check_num_samples,
     check_return_frames,
@@ -116,6 +117,7 @@ def rollout(
     precision: str | None = None,
     dynamics_ids_only: bool = False,
     speculation: Speculation | None = None,
+    frame_precision: str | None = None,
 ) -> Rollout:
     """Predicts the frames, and rewards, that follow ``context_frames``.
 
@@ -139,19 +141,21 @@ def rollout(
         temperature: 0 is argmax.
         top_k: likeliest tokens that are sampled from; None for all.
         num_samples: S, futures a clip.
-        generator: on the model's device; it is advanced. The same state gives the same video. If None, one is
-            seeded from torch's global generator. A list has one for each of the B*S rows, whose future then does not
-            depend on its place in a batch.
+        generator: on the model's device, or on a CPU, whose numbers are the same for every device; it is advanced.
+            The same state gives the same video. If None, one is seeded from torch's global generator. A list has one
+            for each of the B*S rows, whose future then does not depend on its place in a batch.
         force_slots: put a slot token in front of each frame. If False each position is sampled freely, as the
             original's action-free generation does, and decoding ignores what stands at the slots.
         return_frames: ``"all"``, ``"last"`` or None: what is decoded to pixels.
         precision: of the transformer's weights: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"``, or
             ``"auto"`` for the fastest whose argmax ids are those of float32 (:mod:`ivideogpt.rollout.precision`). None
-            is the precision that the weights are in. Frames are decoded in bfloat16 on a GPU, in float32 on a CPU; but
-            with products of bfloat16 for ``"bfloat16"`` and ``"int8"`` on a CPU that has such instructions.
+            is the precision that the weights are in.
         dynamics_ids_only: draw a frame's tokens among the dynamics ids only. It is exact as long as the model gives
             no other id a chance.
         speculation: draw several tokens at a time.
+        frame_precision: that frames are decoded in, ``"float32"`` or ``"bfloat16"``. None is bfloat16 on a GPU, and
+            float32 on a CPU, but with products of bfloat16 where ``precision`` is ``"bfloat16"`` or ``"int8"`` and the
+            CPU has such instructions.
 
     Raises:
         ValueError: if an argument does not fit the model.
@@ -167,6 +171,7 @@ def rollout(
     drawing = Drawing(Sampling(temperature, top_k), force_slots, dynamics_ids_only, speculation)
     check_generator(generator, device, total)
     check_return_frames(return_frames)
+    frame_dtype = check_frame_precision(frame_precision, device)
 
     with imagining(device, tokenizer, transformer, reward_head):
         context_indices = encode_context(tokenizer, context_frames)
@@ -186,7 +191,8 @@ def rollout(
             states = torch.empty(shape, device=device, dtype=torch.float32)
         pixels = features = stream = None
         if return_frames is not None:
-            pixels = pixel_decoder_for(tokenizer, products=pixels_dtype(decoder.precision))
+            products = pixels_dtype(decoder.precision) if frame_precision is None else torch.float32
+            pixels = pixel_decoder_for(tokenizer, frame_dtype, products=products)
             features = pixels.context(context_indices)
             if return_frames == "all" and device.type in OVERLAPPING:
                 stream = FrameStream(pixels, features, layout, num_samples, horizon)

@@ -1,4 +1,4 @@
-"""GraphDecoder: a whole frame as one CUDA graph, so that no kernel waits for the host.
+"""GraphDecoder: a whole frame as a few CUDA graphs, so that no kernel waits for the host.
 
 Addresses inside a graph are fixed, so it runs in a *workspace*: buffers for the prefix and the own positions of one
 shape of rows, and the graphs that were captured on them. Branches of one prefix share its workspace; the one that was
@@ -11,7 +11,7 @@ B clips, S rows a clip, R = B*S rows, P positions of the prefix, L lead tokens, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from warnings import warn
@@ -143,7 +143,9 @@ class Workspace:
 
 
 class GraphDecoder(TorchDecoder):
-    """Decoder whose frames are CUDA graphs. Off a GPU, or where a capture fails, the same operations run one by one.
+    """Decoder whose frames are CUDA graphs, launched together.
+
+    Off a GPU, or where a capture fails, the same operations run one by one.
 
     Args:
         transformer: whose weights are copied.
@@ -193,7 +195,7 @@ class GraphDecoder(TorchDecoder):
     def sample(  # type: ignore[override]
         self, branch: GraphBranch, lead: Tensor, actions: Tensor | None, uniforms: Tensor, sampling: Sampling
     ) -> Sampled:
-        """Feeds ``lead``, then draws one token after another: one graph."""
+        """Feeds ``lead``, then draws one token after another."""
         hidden, tokens = self._run(branch, lead, actions, uniforms, sampling)
         return Sampled(tokens, hidden)
 
@@ -206,20 +208,34 @@ class GraphDecoder(TorchDecoder):
         action_at: int,
         uniforms: Tensor,
         sampling: Sampling,
-    ) -> list[Tensor]:
-        """Hidden states (R, L, D) of ``lead`` and the tokens (R, n) drawn behind it: what a graph is captured of.
+        outputs: list[Tensor],
+    ) -> Iterator[None]:
+        """Feeds ``lead`` (R, L), then draws one token after another: what graphs are captured of.
 
-        ``start`` is the own position, a scalar on the device, that ``lead`` begins at.
+        It pauses behind each token (or behind ``lead``, where no token is drawn), so that a graph may end there.
+
+        Args:
+            cache: prefix and own positions of the rows.
+            lead: (R, L) ids.
+            start: the own position, a scalar on the device, that ``lead`` begins at.
+            actions: (R, A), added at ``action_at`` of ``lead``.
+            action_at: which token that is.
+            uniforms: (R, n), the random numbers of the draws.
+            sampling: how tokens are drawn.
+            outputs: is given the hidden states (R, L, D) of ``lead`` and the tokens (R, n).
         """
+        tokens = lead.new_empty(len(lead), uniforms.shape[1])
         hidden = self.feed_at(cache, lead, start, actions, action_at)
-        tokens: list[Tensor] = []
+        outputs += [hidden, tokens]
         state = hidden[:, -1]
         for index in range(uniforms.shape[1]):
-            if tokens:
+            if index:
                 at = start + (lead.shape[1] + index - 1)
-                state = self.feed_at(cache, tokens[-1][:, None], at)[:, -1]
-            tokens.append(sample_token(self.logits(state, sampling), uniforms[:, index], sampling))
-        return [hidden, torch.stack(tokens, dim=1) if tokens else lead[:, :0]]
+                state = self.feed_at(cache, tokens[:, index - 1 : index], at)[:, -1]
+            tokens[:, index] = sample_token(self.logits(state, sampling), uniforms[:, index], sampling)
+            yield
+        if not uniforms.shape[1]:
+            yield
 
     def _run(
         self,
@@ -268,17 +284,22 @@ class GraphDecoder(TorchDecoder):
         actions = None if actions is None else actions.clone()
         outputs: list[Tensor] = []
 
-        def draw() -> list[Tensor]:
-            return self.draw(workspace.cache, lead, workspace.start, actions, action_at, uniforms, sampling)
+        def draw() -> Iterator[None]:
+            outputs.clear()
+            return self.draw(workspace.cache, lead, workspace.start, actions, action_at, uniforms, sampling, outputs)
 
         def run_eagerly() -> None:
-            outputs[:] = draw()
+            for _ in draw():
+                pass
 
         run = run_eagerly
         if self._captures:
             try:
-                graph, outputs = self._capture(draw)
-                run = graph.replay
+                graphs = self._capture(draw, pieces(uniforms.shape[1]))
+
+                def run() -> None:
+                    for graph in graphs:
+                        graph.replay()
             except RuntimeError as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -286,15 +307,36 @@ class GraphDecoder(TorchDecoder):
                 warn(f"the CUDA graph of a frame could not be captured, it runs op by op: {error}", stacklevel=2)
         return Frame(lead, actions, uniforms, run, outputs)
 
-    def _capture(self, draw: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    def _capture(self, draw: Callable[[], Iterator[None]], counts: list[int]) -> list[torch.cuda.CUDAGraph]:
+        """A graph of each of the next ``counts`` pauses of what ``draw`` gives."""
+        graphs: list[torch.cuda.CUDAGraph] = []
         with capturing, torch.cuda.device(self.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP_RUNS):
-                    draw()
+                    for _ in draw():
+                        pass
             torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                outputs = draw()
-        return graph, outputs
+            steps = draw()
+            for count in counts:
+                graph = torch.cuda.CUDAGraph()
+                pool = graphs[0].pool() if graphs else None
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    for _ in range(count):
+                        next(steps)
+                graphs.append(graph)
+        return graphs
+
+
+def pieces(tokens: int) -> list[int]:
+    """How many tokens each of a frame's graphs draws: 1, 2, 4, ... and the rest.
+
+    Launching a graph takes the host some time for each kernel in it, less than it takes to run. So the first is short,
+    and while one runs the next, twice as long, is launched.
+    """
+    counts, left = [], max(tokens, 1)
+    while left:
+        counts.append(min(left, 2 ** len(counts)))
+        left -= counts[-1]
+    return counts

@@ -70,6 +70,18 @@ def check_actions(
     return actions
 
 
+def check_frame_precision(precision: str | None, device: torch.device) -> torch.dtype | None:
+    """What frames are decoded in; None where it is what ``device`` does unasked.
+
+    Raises:
+        ValueError: if it is no such precision.
+    """
+    known = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if precision not in known:
+        raise ValueError(f"frame_precision must be float32, bfloat16 or None, got {precision!r}")
+    return None if device.type == "cpu" and precision == "float32" else known[precision]
+
+
 def check_horizon(horizon: int | None, actions: Tensor | None, tokenizer: Any, transformer: Transformer) -> int:
     """Number of future frames to predict.
 

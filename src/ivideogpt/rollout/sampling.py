@@ -84,28 +84,31 @@ def sample_token(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor
 
 
 def draw_uniforms(generator: Generators, rows: int, count: int, device: torch.device) -> Tensor:
-    """Uniform numbers (rows, count) in [0, 1) from one stream, or each row's from its own."""
+    """Uniform numbers (rows, count) in [0, 1) on ``device``, from one stream, or each row's from its own."""
     if isinstance(generator, Sequence):
-        return torch.stack([torch.rand(count, generator=one, device=device, dtype=torch.float32) for one in generator])
-    return torch.rand(rows, count, generator=generator, device=device, dtype=torch.float32)
+        drawn = [torch.rand(count, generator=one, device=one.device, dtype=torch.float32) for one in generator]
+        return torch.stack([numbers.to(drawn[0].device) for numbers in drawn]).to(device)
+    at = device if generator is None else generator.device
+    return torch.rand(rows, count, generator=generator, device=at, dtype=torch.float32).to(device)
 
 
 def copy_generator(
     generator: Generators, device: torch.device, rows: int = 1
 ) -> torch.Generator | list[torch.Generator]:
-    """A generator on ``device`` in the state of ``generator``, which stays as it is; or a list of them.
+    """A generator in the state of ``generator``, which stays as it is, or a list of them; a new one is on ``device``.
 
     Without a generator the copy is seeded from torch's global one, so that ``torch.manual_seed`` governs it.
 
     Raises:
-        ValueError: if ``generator`` lives on another kind of device, or is a list of another length than ``rows``.
+        ValueError: if ``generator`` lives on neither ``device`` nor a CPU, or is a list of another length than
+            ``rows``.
     """
     check_generator(generator, device, rows)
     if isinstance(generator, Sequence):
-        return [torch.Generator(device).set_state(one.get_state()) for one in generator]
+        return [torch.Generator(one.device).set_state(one.get_state()) for one in generator]
     if generator is None:
         return torch.Generator(device).manual_seed(int(torch.randint(2**62, ()).item()))
-    return torch.Generator(device).set_state(generator.get_state())
+    return torch.Generator(generator.device).set_state(generator.get_state())
 
 
 def generator_states(generator: torch.Generator | list[torch.Generator]) -> list[Tensor]:
@@ -120,7 +123,9 @@ def set_generator_states(generator: torch.Generator | list[torch.Generator], sta
 
 
 def check_generator(generator: Generators, device: torch.device, rows: int = 1) -> None:
-    """Refuses a generator that does not live on ``device``, where the logits are, or a list of another length.
+    """Refuses a generator that lives neither on ``device`` nor on a CPU, or a list of another length.
+
+    One on a CPU draws the same numbers for every device.
 
     Raises:
         ValueError: if it is such a one.
@@ -136,7 +141,7 @@ def check_generator(generator: Generators, device: torch.device, rows: int = 1) 
             check_generator(one, device)
     elif not hasattr(generator, "device"):
         raise ValueError(f"generator must be a torch.Generator, a list of them or None, got {generator!r}")
-    elif generator.device.type != device.type:
+    elif generator.device.type not in (device.type, "cpu"):
         raise ValueError(
             f"the generator lives on {generator.device}, the model on {device}: "
             f"make it with torch.Generator({str(device)!r}).manual_seed(...)"

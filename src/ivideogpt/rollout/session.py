@@ -95,9 +95,9 @@ class Session:
         context_frames: (B, t0, C, H, W) float in [0, 1].
         temperature: 0 is argmax.
         top_k: likeliest tokens that are sampled from; None for all.
-        generator: on the model's device. The session works on a copy of its state and does not advance it. If None,
-            one is seeded from torch's global generator. A list has one for each of the B rows, whose future then does
-            not depend on the other rows.
+        generator: on the model's device or on a CPU. The session works on a copy of its state and does not advance it.
+            If None, one is seeded from torch's global generator. A list has one for each of the B rows, whose future
+            then does not depend on the other rows.
         normalize_actions: maps the actions (B, 1, A) of a step to what the transformer was trained on.
         precision: as in :func:`ivideogpt.rollout.engine.rollout`.
         dynamics_ids_only: likewise.

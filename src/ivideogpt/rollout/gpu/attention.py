@@ -35,7 +35,7 @@ def attend_rows(
     positions, ``own_chunk`` each. The token at ``offset`` behind ``start`` sees itself and what is in front of it. With
     ONCE a part is one block, and all but the new positions are loaded before the kernel in front has ended.
     """
-    if PDL:
+    if PDL == 1:
         gdc_launch_dependents()
     row = tl.program_id(0) // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
@@ -65,6 +65,8 @@ def attend_rows(
         value = tl.load(source_values + at, mask=old, other=0.0)
         if PDL:
             gdc_wait()
+        if PDL == 2:
+            gdc_launch_dependents()
         new = (seen & (positions >= fresh))[:, None]
         key += tl.load(source_keys + at, mask=new, other=0.0)
         value += tl.load(source_values + at, mask=new, other=0.0)
@@ -79,6 +81,8 @@ def attend_rows(
     else:
         if PDL:
             gdc_wait()
+        if PDL == 2:
+            gdc_launch_dependents()
         for group in tl.static_range(HEADS // KV_HEADS):
             head = kv_head * (HEADS // KV_HEADS) + group
             q = tl.load(query + (row * HEADS + head) * DIM + dims).to(tl.float32) * scale

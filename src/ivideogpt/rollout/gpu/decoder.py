@@ -8,6 +8,7 @@ B clips, S rows a clip, R = B*S rows, L tokens a row, M = R L, D embed_dim, H qu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,7 @@ from ivideogpt.rollout.graphs import GraphDecoder
 from ivideogpt.rollout.sampling import Sampling
 
 ROWS = 4
-"""Most rows whose products are made from weights in registers; more go through the matrix units."""
-
-TILE_ROWS = 64
-"""Most rows whose products are made here; with more of them a library's product and kernels around it win."""
+"""Most rows whose products are made here; with more of them a library's products and kernels around them win."""
 
 SHARED_ROWS = 8
 """Queries of one clip from which on they meet its prefix together."""
@@ -40,15 +38,12 @@ SPLIT = 128
 ROW_SHAPES = {"qkv": (8, 4), "out": (4, 4), "gate_up": (8, 4), "down": (4, 8), "head": (16, 4)}
 """Of each product of a few rows, outputs (or pairs of them) of a program, and its warps."""
 
-TILE_SHAPES = {"qkv": (16, 4), "out": (16, 4), "gate_up": (16, 4), "down": (16, 4)}
-"""The same of products by the matrix units."""
-
-TILE_DEPTH, TILE_STAGES = 128, 4
-"""Inputs of a product that the matrix units take at once, and how many times as many are on their way."""
-
 ATTEND_WARPS = 8
 
 SAMPLE_WARPS = 8
+
+GROUP = 16
+"""Ids of a tile while the likeliest are looked for."""
 
 
 @dataclass
@@ -77,7 +72,9 @@ class TritonDecoder(GraphDecoder):
 
     def __init__(self, transformer: Transformer, precision: str) -> None:
         super().__init__(transformer, precision)
-        self._pdl = OVERLAPPED_LAUNCHES and not INTERPRETED and torch.cuda.get_device_capability(self.device)[0] >= 9
+        self._pdl = int(
+            OVERLAPPED_LAUNCHES and not INTERPRETED and torch.cuda.get_device_capability(self.device)[0] >= 9
+        )
         self._options: dict[str, Any] = {"launch_pdl": True} if self._pdl else {}
         self._cos, self._sin = (table.contiguous() for table in self._rope)
         self._scale = self._dim**-0.5
@@ -100,30 +97,35 @@ class TritonDecoder(GraphDecoder):
 
     def draw(
         self,
-        branch: KVCache,
+        cache: KVCache,
         lead: Tensor,
         start: Tensor,
         actions: Tensor | None,
         action_at: int,
         uniforms: Tensor,
         sampling: Sampling,
-    ) -> list[Tensor]:
-        """Hidden states of ``lead`` and the drawn tokens (R, n)."""
+        outputs: list[Tensor],
+    ) -> Iterator[None]:
+        """As :meth:`GraphDecoder.draw`, by the kernels."""
         rows, length, count = *lead.shape, uniforms.shape[1]
         tokens = torch.empty(rows, count, dtype=torch.int64, device=lead.device)
-        x = self._feed(branch, lead, start, actions, action_at, 0)
+        x = self._feed(cache, lead, start, actions, action_at, 0)
         hidden = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         self._add_norm(x, None, self._norm, hidden)
+        outputs += [hidden.unflatten(0, lead.shape), tokens]
+        if not count:
+            yield
+            return
         ids = self.config.vocab_size if sampling.last_id is None else sampling.last_id + 1
         logits = torch.empty(rows, ids - sampling.first_id, dtype=torch.float32, device=lead.device)
-        scratch = self._scratch(branch, rows, 1) if count > 1 else None
+        scratch = self._scratch(cache, rows, 1)
         for index in range(count):
-            if scratch is not None and index:
-                x = self._layers_of(branch, scratch, start, length + index - 1, 1)
-            self._logits(x, logits, sampling, length if index == 0 else 1)
-            following = scratch.x if scratch is not None and index + 1 < count else None
+            if index:
+                x = self._layers_of(cache, scratch, start, length + index - 1, 1)
+            self._logits(x, logits, sampling, 1 if index else length)
+            following = scratch.x if index + 1 < count else None
             self._sample(logits, uniforms[:, index], tokens[:, index], sampling, following)
-        return [hidden.unflatten(0, lead.shape), tokens]
+            yield
 
     def _scratch(self, branch: KVCache, rows: int, length: int) -> Scratch:
         count, device = rows * length, self.device
@@ -183,8 +185,6 @@ class TritonDecoder(GraphDecoder):
         for index, layer in enumerate(self._layers):
             if count <= ROWS:
                 self._layer_rows(branch, index, layer, scratch, start, offset, length)
-            elif count <= TILE_ROWS:
-                self._layer_tiles(branch, index, layer, scratch, start, offset, length)
             else:
                 added = self._layer_library(branch, index, layer, scratch, start, offset, length, added)
         return scratch.x if added is None else scratch.x.add_(added)
@@ -220,36 +220,6 @@ class TritonDecoder(GraphDecoder):
             count, config.mlp_dim, width, outs, power_of_two(config.mlp_dim), 0, heads, dim, pdl,
             **self._options, num_warps=warps,
         )  # fmt: skip
-
-    def _layer_tiles(
-        self, branch: KVCache, index: int, layer: FusedLayer, s: Scratch, start: Tensor, offset: int, length: int
-    ) -> None:
-        config, count = self.config, len(s.x)
-        heads, kv_heads, dim, pdl = self._heads, self._kv_heads, self._dim, self._pdl
-        width, tile, block = config.embed_dim, self._tile(count), TILE_DEPTH
-        tiles = -(-count // tile)
-        options = {**self._options, "num_stages": TILE_STAGES}
-        half, warps = TILE_SHAPES["qkv"]
-        half = min(half, dim // 2)
-        products.qkv_tiles[((heads + 2 * kv_heads) * dim // 2 // half, tiles)](
-            s.x, layer.attention_norm, layer.qkv, self._cos, self._sin, start, s.query, branch.keys[index],
-            branch.values[index], branch.capacity, branch.prefix.length, offset, self._eps, count,
-            length, width, heads, kv_heads, dim, half, tile, block, pdl, **options, num_warps=warps,
-        )  # fmt: skip
-        outs, warps = TILE_SHAPES["out"]
-        joined = self._join(s, self._attend(branch, index, s, start, offset, length))
-        products.residual_tiles[(-(-width // outs), tiles)](
-            s.x, joined, layer.out, count, heads * dim, width, tile, outs, block, pdl, **options, num_warps=warps
-        )
-        outs, warps = TILE_SHAPES["gate_up"]
-        products.gate_up_tiles[(-(-config.mlp_dim // outs), tiles)](
-            s.x, layer.mlp_norm, layer.gate_up, s.gated, self._eps, count,
-            width, config.mlp_dim, tile, outs, block, pdl, **options, num_warps=warps,
-        )  # fmt: skip
-        outs, warps = TILE_SHAPES["down"]
-        products.residual_tiles[(-(-width // outs), tiles)](
-            s.x, s.gated, layer.down, count, config.mlp_dim, width, tile, outs, block, pdl, **options, num_warps=warps
-        )
 
     def _layer_library(
         self,
@@ -352,14 +322,30 @@ class TritonDecoder(GraphDecoder):
     ) -> None:
         """Draws one token of each row; its embedding becomes the residual stream ``following`` (R, D), if given."""
         rows, ids = logits.shape
-        top_k = 0 if sampling.top_k is None or sampling.top_k >= ids else sampling.top_k
-        block = power_of_two(ids + 1) // 2
-        width = self.config.embed_dim if following is not None else 0
-        draw.sample[(rows,)](
-            logits, uniforms, tokens, self._embedding, logits if following is None else following, ids,
-            sampling.first_id, 1.0 if sampling.greedy else 1.0 / sampling.temperature, uniforms.stride(0),
-            tokens.stride(0), sampling.greedy, top_k, block, power_of_two(max(ids - block, 1)), width,
-            power_of_two(max(width, 1)), self._pdl, **self._options, num_warps=max(1, min(SAMPLE_WARPS, block // 512)),
+        width = 0 if following is None else self.config.embed_dim
+        x, block_x = logits if following is None else following, power_of_two(max(width, 1))
+        steps, pdl, options = tokens.stride(0), self._pdl, {**self._options, "num_warps": SAMPLE_WARPS}
+        block = min(4096, power_of_two(ids))
+        if sampling.greedy:
+            draw.sample_likeliest[(rows,)](
+                logits, tokens, self._embedding, x, ids, sampling.first_id, steps, block, width, block_x, pdl, **options
+            )
+            return
+        cool = 1.0 / sampling.temperature
+        if sampling.top_k is None or sampling.top_k >= ids:
+            draw.sample_all[(rows,)](
+                logits, uniforms, tokens, self._embedding, x, ids, sampling.first_id, cool, uniforms.stride(0), steps,
+                block, width, block_x, pdl, **options,
+            )  # fmt: skip
+            return
+        main = max(1, power_of_two(ids // GROUP + 1) // 2)
+        rest = power_of_two(max(1, -(-ids // GROUP) - main))
+        tiles = power_of_two(main + rest)
+        scratch = torch.empty(rows, tiles, dtype=torch.int32, device=logits.device)
+        draw.sample_top_k[(rows,)](
+            logits, uniforms, tokens, self._embedding, x, scratch, ids, sampling.first_id, cool, uniforms.stride(0),
+            steps, sampling.top_k, main, rest, tiles, min(512, power_of_two(sampling.top_k)), GROUP, block,
+            width, block_x, pdl, **options,
         )  # fmt: skip
 
 

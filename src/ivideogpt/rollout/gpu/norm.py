@@ -1,7 +1,7 @@
 """What stands between the convolutions of a decoder, in Triton: group norm and SiLU, biases and residuals.
 
-Maps are channels-last. A norm is two kernels: sums of parts of a map, then all the rest. A convolution leaves its bias
-to what follows it, which has the map in hand anyway.
+Maps are channels-last. A norm is one kernel with a program a group, or two of larger maps: sums of parts of a map, then
+all the rest. A convolution leaves its bias to what follows it, which has the map in hand anyway.
 
 B maps of C channels and H W = P pixels, stored pixel by pixel.
 """
@@ -24,8 +24,37 @@ from ivideogpt.rollout.gpu.launch import power_of_two
 TILE = 8192
 """Values that a program reads."""
 
+GROUP_VALUES, GROUP_PROGRAMS = 2**14, 512
+"""Values of a group that one program holds, and programs up to which it is faster so: a group's channels lie apart in
+memory, which costs more of it than two kernels that read whole pixels."""
+
 MOST_PARTS = 32
 """Parts of a map whose sums each program of the second kernel reads."""
+
+
+@triton.jit
+def norm_groups(
+    x, shift, weight, bias, out, pixels, eps,
+    CHANNELS: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, BLOCK_P: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """The norm of one group of GROUP channels of one map, and its SiLU; of x + ``shift`` with SHIFT."""
+    image = tl.program_id(1)
+    channels = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    pixel = tl.arange(0, BLOCK_P)
+    seen = (pixel < pixels)[:, None] & (channels < CHANNELS)[None, :]
+    at = (image.to(tl.int64) * pixels + pixel)[:, None] * CHANNELS + channels[None, :]
+    values = tl.load(x + at, mask=seen, other=0.0).to(tl.float32)
+    if SHIFT:
+        values = tl.where(seen, values + tl.load(shift + channels).to(tl.float32)[None, :], 0.0)
+    count = GROUP * pixels
+    mean = tl.sum(tl.sum(values, axis=1), axis=0) / count
+    centred = tl.where(seen, values - mean, 0.0)
+    inverse = tl.rsqrt(tl.sum(tl.sum(centred * centred, axis=1), axis=0) / count + eps)
+    scale = inverse * tl.load(weight + channels).to(tl.float32)
+    values = centred * scale[None, :] + tl.load(bias + channels).to(tl.float32)[None, :]
+    if SILU:
+        values = values * tl.sigmoid(values)
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=seen)
 
 
 @triton.jit
@@ -118,17 +147,24 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, silu: bool, shift: Tensor | None =
     x = x.contiguous(memory_format=torch.channels_last)
     images, channels, height, width = x.shape
     pixels = height * width
+    added = norm.bias if shift is None else shift
+    out = torch.empty_like(x)
+    group = channels // norm.num_groups
+    if group * pixels <= GROUP_VALUES and images * norm.num_groups <= GROUP_PROGRAMS:
+        norm_groups[(norm.num_groups, images)](
+            x, added, norm.weight, norm.bias, out, pixels, norm.eps,
+            channels, shift is not None, group, power_of_two(pixels), silu, num_warps=8,
+        )  # fmt: skip
+        return out
     fewest = max(1, 1024 // channels)  # small maps are spread over the device
     block = min(TILE // channels, max(fewest, power_of_two(-(-pixels // 64))))
     part = max(block, -(-pixels // MOST_PARTS))
     parts = -(-pixels // part)
     sums = torch.empty(images, parts, 2, channels, dtype=torch.float32, device=x.device)
-    out = torch.empty_like(x)
-    added = norm.bias if shift is None else shift
     part_sums[(parts, images)](x, added, sums, pixels, parts, part, channels, shift is not None, block)
     normalize[(-(-pixels // block), images)](
         x, added, sums, norm.weight, norm.bias, out, pixels, parts, norm.eps,
-        channels, shift is not None, channels // norm.num_groups, block, power_of_two(parts), silu,
+        channels, shift is not None, group, block, power_of_two(parts), silu,
     )  # fmt: skip
     return out
 

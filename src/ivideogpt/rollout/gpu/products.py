@@ -1,8 +1,8 @@
 """Triton kernels of the products with weights: each layer is norm, product and what follows it in one kernel.
 
-Two forms of each. ``*_rows`` serve a few rows: a program holds its weights in registers, which it loads before it
-waits for the kernel in front (programmatic dependent launch), so that the memory never pauses between kernels.
-``*_tiles`` serve more rows with the matrix units.
+``*_rows`` serve a few rows: a program holds its weights in registers, which it loads before it waits for the kernel in
+front (programmatic dependent launch), so that the memory hardly pauses between kernels. With more rows a library's
+products are faster, and the other kernels do what stands between them.
 
 M rows of LENGTH tokens each, K inputs and N outputs of a product. x is the float32 residual stream (M, D).
 """
@@ -21,61 +21,6 @@ def _normed(x, scale, eps, cols, inside, WIDTH: tl.constexpr, dtype: tl.constexp
     values = tl.load(x + cols, mask=inside, other=0.0)
     inverse = tl.rsqrt(tl.sum(values * values, axis=0) / WIDTH + eps)
     return (values * inverse * scale).to(dtype).to(tl.float32)
-
-
-@triton.jit
-def _inverse_rms(x, rows, there, eps, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """One over the root mean square of each of the rows (BLOCK_M)."""
-    squares = tl.zeros([BLOCK_M], tl.float32)
-    for first in range(0, WIDTH, BLOCK_K):
-        cols = first + tl.arange(0, BLOCK_K)
-        seen = there[:, None] & (cols < WIDTH)[None, :]
-        values = tl.load(x + rows[:, None] * WIDTH + cols[None, :], mask=seen, other=0.0)
-        squares += tl.sum(values * values, axis=1)
-    return tl.rsqrt(squares / WIDTH + eps)
-
-
-@triton.jit
-def _product(
-    inputs, weight, rows, there, outs, kept,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """inputs[rows] times weight[outs] transposed: (BLOCK_M, BLOCK_N)."""
-    result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, WIDTH, BLOCK_K):
-        cols = first + tl.arange(0, BLOCK_K)
-        inside = cols < WIDTH
-        seen = there[:, None] & inside[None, :]
-        values = tl.load(inputs + rows[:, None] * WIDTH + cols[None, :], mask=seen, other=0.0)
-        wanted = inside[:, None] & kept[None, :]
-        part = tl.load(weight + cols[:, None] + outs[None, :] * WIDTH, mask=wanted, other=0.0)
-        result = tl.dot(values.to(part.dtype), part, result, input_precision="ieee")
-    return result
-
-
-@triton.jit
-def _two_products(
-    x, norm, eps, weight, rows, there, outs, distance, kept,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The normed rows of x times weight[outs] and weight[outs + distance] transposed: (BLOCK_M, BLOCK_N) each."""
-    inverse = _inverse_rms(x, rows, there, eps, WIDTH, BLOCK_M, BLOCK_K)
-    one = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    two = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, WIDTH, BLOCK_K):
-        cols = first + tl.arange(0, BLOCK_K)
-        inside = cols < WIDTH
-        wanted = inside[:, None] & kept[None, :]
-        at = weight + cols[:, None] + outs[None, :] * WIDTH
-        part_one = tl.load(at, mask=wanted, other=0.0)
-        part_two = tl.load(at + distance * WIDTH, mask=wanted, other=0.0)
-        seen = there[:, None] & inside[None, :]
-        values = tl.load(x + rows[:, None] * WIDTH + cols[None, :], mask=seen, other=0.0)
-        scale = tl.load(norm + cols, mask=inside, other=0.0)
-        normed = (values * inverse[:, None] * scale[None, :]).to(part_one.dtype)
-        one = tl.dot(normed, part_one, one, input_precision="ieee")
-        two = tl.dot(normed, part_two, two, input_precision="ieee")
-    return one, two
 
 
 @triton.jit
@@ -118,7 +63,7 @@ def qkv_rows(
     DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Queries, keys and values of a few rows; a program makes 2 HALF outputs of one head."""
-    if PDL:
+    if PDL == 1:
         gdc_launch_dependents()
     cols = tl.arange(0, BLOCK_K)
     inside = cols < WIDTH
@@ -132,6 +77,8 @@ def qkv_rows(
     first = tl.load(start).to(tl.int32) + offset
     if PDL:
         gdc_wait()
+    if PDL == 2:
+        gdc_launch_dependents()
     for row in tl.static_range(ROWS):
         h = _normed(x + row * WIDTH, scale, eps, cols, inside, WIDTH, weight.dtype.element_ty)
         low = tl.sum(weight_low.to(tl.float32) * h[None, :], axis=1)
@@ -141,32 +88,6 @@ def qkv_rows(
             low[None, :], high[None, :], rows, rows < ROWS, head, within, first, prefix_length, cosines, sines,
             query, keys, values, capacity, LENGTH, HEADS, KV_HEADS, DIM,
         )  # fmt: skip
-
-
-@triton.jit
-def qkv_tiles(
-    x, norm, weight, cosines, sines, start, query, keys, values, capacity, prefix_length, offset, eps, row_count,
-    LENGTH: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
-    HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """As :func:`qkv_rows` for BLOCK_M rows a program."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    pair = tl.program_id(0) * HALF
-    head = pair // (DIM // 2)
-    within = pair % (DIM // 2) + tl.arange(0, HALF)
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    there = rows < row_count
-    first = tl.load(start).to(tl.int32) + offset
-    low, high = _two_products(
-        x, norm, eps, weight, rows, there, head * DIM + within, DIM // 2, within < DIM // 2,
-        WIDTH, BLOCK_M, HALF, BLOCK_K,
-    )  # fmt: skip
-    _store_qkv(
-        low, high, rows, there, head, within, first, prefix_length, cosines, sines, query, keys, values, capacity,
-        LENGTH, HEADS, KV_HEADS, DIM,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -200,7 +121,7 @@ def gate_up_rows(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """silu(gate) * up of a few rows, (M, OUTS); the weights are gate's rows above up's."""
-    if PDL:
+    if PDL == 1:
         gdc_launch_dependents()
     cols = tl.arange(0, BLOCK_K)
     inside = cols < WIDTH
@@ -213,30 +134,13 @@ def gate_up_rows(
     scale = tl.load(norm + cols, mask=inside, other=0.0)
     if PDL:
         gdc_wait()
+    if PDL == 2:
+        gdc_launch_dependents()
     for row in tl.static_range(ROWS):
         h = _normed(x + row * WIDTH, scale, eps, cols, inside, WIDTH, weight.dtype.element_ty)
         gate = tl.sum(weight_gate.to(tl.float32) * h[None, :], axis=1)
         up = tl.sum(weight_up.to(tl.float32) * h[None, :], axis=1)
         tl.store(out + row * OUTS + outs, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=kept)
-
-
-@triton.jit
-def gate_up_tiles(
-    x, norm, weight, out, eps, row_count,
-    WIDTH: tl.constexpr, OUTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """As :func:`gate_up_rows` for BLOCK_M rows a program."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    outs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    kept = outs < OUTS
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    there = rows < row_count
-    gate, up = _two_products(x, norm, eps, weight, rows, there, outs, OUTS, kept, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K)
-    at = out + rows[:, None] * OUTS + outs[None, :]
-    tl.store(at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=there[:, None] & kept[None, :])
 
 
 @triton.jit
@@ -280,7 +184,7 @@ def residual_rows(
     SPLITS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Adds a product to a few rows of x; with SPLITS, its inputs are the parts of an attention, to be joined first."""
-    if PDL:
+    if PDL == 1:
         gdc_launch_dependents()
     cols = tl.arange(0, BLOCK_K)
     inside = cols < WIDTH
@@ -291,6 +195,8 @@ def residual_rows(
     dtype = weight.dtype.element_ty
     if PDL:
         gdc_wait()
+    if PDL == 2:
+        gdc_launch_dependents()
     for row in tl.static_range(ROWS):
         before = tl.load(x + row * OUTS + outs, mask=kept, other=0.0)
         if SPLITS > 0:
@@ -299,26 +205,6 @@ def residual_rows(
             h = tl.load(inputs + row * WIDTH + cols, mask=inside, other=0.0).to(tl.float32)
         added = tl.sum(part.to(tl.float32) * h[None, :], axis=1)
         tl.store(x + row * OUTS + outs, before + added, mask=kept)
-
-
-@triton.jit
-def residual_tiles(
-    x, inputs, weight, row_count,
-    WIDTH: tl.constexpr, OUTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """Adds a product to BLOCK_M rows of x a program."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    outs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    kept = outs < OUTS
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    there = rows < row_count
-    added = _product(inputs, weight, rows, there, outs, kept, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K)
-    at = x + rows[:, None] * OUTS + outs[None, :]
-    wanted = there[:, None] & kept[None, :]
-    tl.store(at, tl.load(at, mask=wanted, other=0.0) + added, mask=wanted)
 
 
 @triton.jit
@@ -343,7 +229,7 @@ def add_norm(
     WIDTH: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Adds ``added`` (M, WIDTH) to x if ADD, and writes the norm of the rows row_first + i row_step of x to ``out``."""
-    if PDL:
+    if PDL == 1:
         gdc_launch_dependents()
     item = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
@@ -351,6 +237,8 @@ def add_norm(
     scale = tl.load(norm + cols, mask=inside, other=0.0)
     if PDL:
         gdc_wait()
+    if PDL == 2:
+        gdc_launch_dependents()
     at = x + (row_first + item * row_step) * WIDTH + cols
     values = tl.load(at, mask=inside, other=0.0)
     if ADD:
@@ -366,7 +254,7 @@ def head_rows(
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits (ROWS, outs_count) of the rows row_first + i row_step of x, float32."""
-    if PDL:
+    if PDL == 1:
         gdc_launch_dependents()
     cols = tl.arange(0, BLOCK_K)
     inside = cols < WIDTH
@@ -377,6 +265,8 @@ def head_rows(
     scale = tl.load(norm + cols, mask=inside, other=0.0)
     if PDL:
         gdc_wait()
+    if PDL == 2:
+        gdc_launch_dependents()
     for item in tl.static_range(ROWS):
         row = x + (row_first + item * row_step) * WIDTH
         h = _normed(row, scale, eps, cols, inside, WIDTH, weight.dtype.element_ty)
