@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def timed_in_a_row(work: Callable[[], Any], count: int, device: torch.device) ->
         work()
         mark.record()
     synchronize(device)
-    return [start.elapsed_time(end) / 1e3 for start, end in zip(marks, marks[1:], strict=False)]
+    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(marks)]
 
 
 def alternate(

@@ -71,8 +71,8 @@ def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         return tuple(layer(x) for layer in layers)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    weight = torch.cat([layer.weight.to(dtype) for layer in plain])
-    return F.linear(x, weight).split([layer.out_features for layer in plain], dim=-1)
+    weights = [layer.get_parameter("weight").to(dtype) for layer in plain]
+    return F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
 
 
 class Attention(nn.Module):
