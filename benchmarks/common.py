@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,23 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
     work()
     synchronize(device)
     return time.perf_counter() - start
+
+
+def timed_in_a_row(work: Callable[[], Any], count: int, device: torch.device) -> list[float]:
+    """Seconds of each of ``count`` calls of ``work``.
+
+    On a GPU what passes on it from the end of one to the end of the next, the host being free to run ahead.
+    """
+    if device.type != "cuda":
+        return [timed(work, device) for _ in range(count)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    synchronize(device)
+    marks[0].record()
+    for mark in marks[1:]:
+        work()
+        mark.record()
+    synchronize(device)
+    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(marks)]
 
 
 def alternate(

@@ -39,6 +39,7 @@ class Measures:
         recompute: norms and activations of the tokenizer that is trained again in the backward pass.
         bfloat16: autocast to bfloat16 (``bf16-mixed``).
         compile: ``torch.compile``.
+        residual_bfloat16: what the blocks hand on to each other, in bfloat16.
         tokens: batches of token ids, no tokenizer in the update.
     """
 
@@ -49,11 +50,12 @@ class Measures:
     recompute: bool = False
     bfloat16: bool = False
     compile: bool = False
+    residual_bfloat16: bool = False
     tokens: bool = False
 
 
 def transformer_sides(device: torch.device, compile: bool) -> dict[str, Measures]:  # noqa: A002
-    """Sides by name; each but the first and the last adds one measure to the one before it."""
+    """Sides by name; each but the first and those from tokens adds one measure to the one before it."""
     gpu = device.type == "cuda"  # autocast as published, on both sides
     rung = Measures(ours=False, bfloat16=gpu)
     sides = {"original": rung}
@@ -73,6 +75,10 @@ def transformer_sides(device: torch.device, compile: bool) -> dict[str, Measures
     if compile:
         rung = replace(rung, compile=True)
         sides["+ torch.compile"] = rung
+    if gpu:
+        sides["ours, residual stream in float32, from tokens"] = replace(rung, tokens=True)
+        rung = replace(rung, residual_bfloat16=True)
+        sides["+ residual stream in bfloat16"] = rung
     sides["ours, from tokens"] = replace(rung, tokens=True)
     return sides
 
@@ -163,6 +169,7 @@ class TransformerSide(_Trained):
         if measures.ours:
             options: dict[str, Any] = {
                 "tokenizer_precision": "bfloat16" if measures.tokenizer_bfloat16 else "trainer",
+                "residual_precision": "bfloat16" if measures.residual_bfloat16 else "trainer",
                 "compile": measures.compile,
             }
             module = TransformerModule(wm.transformer, wm.tokenizer, **options)
@@ -189,6 +196,7 @@ class TransformerSide(_Trained):
 
     def start(self) -> None:
         set_format(self.wm.tokenizer, self.measures.channels_last)
+        self.wm.transformer.compiles = self.measures.compile
         for layer in self.wm.transformer.layers:
             layer.compiles = self.measures.compile  # type: ignore[assignment]
         super().start()
@@ -223,7 +231,8 @@ def build_world_model(size: str, dropout: float, device: torch.device) -> WorldM
     config = WorldModelConfig.preset("nano" if size == "nano" else f"64-{size}")
     config = replace(config, transformer=replace(config.transformer, attention_dropout=dropout))
     torch.manual_seed(0)
-    return WorldModel(config).to(device)
+    with device:  # a GPU draws half a billion weights at once
+        return WorldModel(config)
 
 
 def build_tokenizer_module(size: str, device: torch.device) -> TokenizerModule:
@@ -232,7 +241,8 @@ def build_tokenizer_module(size: str, device: torch.device) -> TokenizerModule:
     from safetensors.torch import save
 
     torch.manual_seed(0)
-    module = TokenizerModule(CompressiveTokenizer(TokenizerConfig.preset(size)))
+    with device:
+        module = TokenizerModule(CompressiveTokenizer(TokenizerConfig.preset(size)))
     content = save(torchvision.models.vgg16(weights=None).features.state_dict(prefix="features."))
     module.perceptual = LPIPS("vgg", Weights(Path("random.safetensors"), "", False, content))
     module.freeze_part("perceptual")

@@ -23,6 +23,7 @@ EXPECTED = (
     r"ignore:.*does not have many workers",
     r"ignore:.*smaller than the logging interval",
     r"ignore:.*is not supported by the model summary",
+    r"ignore:This process .* is multi-threaded, use of fork",  # since Python 3.12; processes that set their signals
     r"ignore:You're using the WeightAveraging callback with a model that overrides",
 )
 

@@ -58,15 +58,16 @@ def main(settings: dict[str, Any]) -> None:
     folder = Path(settings["folder"])
     strategy: Any = FullyShardedStrategy() if settings["strategy"] == "sharded" else settings["strategy"]
     trainer = Trainer(
-        accelerator="cpu", strategy=strategy, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        strategy=strategy, logger=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, limit_val_batches=1, default_root_dir=folder, plugins=[AtomicCheckpointIO()],
-        callbacks=[SeededUpdates(0), Checkpoints(settings.get("every", 100))], **settings["trainer"],
+        callbacks=[SeededUpdates(0), Checkpoints(settings.get("every", 100))],
+        **{"accelerator": "cpu", **settings["trainer"]},
     )  # fmt: skip
     found = latest_checkpoint(folder / "checkpoints")
     trainer.fit(module, datamodule=data, ckpt_path=found and found[1], weights_only=True)
     state = whole_state(module) if is_sharded(module) else module.state_dict()
     if trainer.is_global_zero:
-        torch.save({name: tensor.detach().clone() for name, tensor in state.items()}, folder / "weights.pt")
+        torch.save({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, folder / "weights.pt")
     trainer.strategy.barrier()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -183,3 +183,44 @@ def test_accumulated_batches_and_recomputed_activations_change_nothing(fit: Fit)
     small: dict[str, Any] = {"data": {"batch_size": 1, "epoch_batches": 99}, "trainer": {"accumulate_grad_batches": 2}}
     two = fit("two", 2, strategy="sharded", module={"activation_checkpointing": True}, **small)
     assert distance(one, two) < 2e-6
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+GPU: dict[str, Any] = {"trainer": {"accelerator": "gpu", "precision": "32-true"}}
+MIXED: dict[str, Any] = {"trainer": {"accelerator": "gpu", "precision": "bf16-mixed"}}
+
+
+def apart(one: Weights, other: Weights, start: Weights) -> float:
+    """How far two trainings ended from each other, relative to the way that the first went."""
+    ends = torch.stack([(one[name].double() - other[name].double()).norm() for name in one]).norm()
+    ways = torch.stack([(one[name].double() - start[name].double()).norm() for name in one]).norm()
+    return float(ends / ways)
+
+
+@pytest.mark.slow
+@needs_gpu
+@pytest.mark.parametrize("kind", ["transformer", "tokenizer"])
+def test_on_a_gpu_ddp_and_sharded_equal_one_process(fit: Fit, kind: str) -> None:
+    one = fit("one", kind=kind, **GPU)
+    assert moved(kind, one) > 1e-3
+    ddp = fit("ddp", kind=kind, strategy="ddp", **GPU)
+    sharded = fit("sharded", kind=kind, strategy="sharded", **GPU)
+    assert far(one, ddp, 1e-5) < 1e-2
+    assert far(one, sharded, 1e-5) < 1e-2
+    found = latest_checkpoint(fit.folder / "sharded" / "checkpoints")
+    assert found is not None and found[0] == 5
+    assert distance(read_sharded_checkpoint(found[1])["state_dict"], sharded) == 0
+
+
+@pytest.mark.slow
+@needs_gpu
+@pytest.mark.parametrize("strategy", ["auto", "sharded"])
+def test_on_a_gpu_compiled_and_mixed_precision_go_the_same_way(fit: Fit, strategy: str) -> None:
+    start = runpy.run_path(str(SCRIPT))["build"]("transformer").state_dict()
+    exact = fit("exact", strategy=strategy, **GPU)
+    start = {name: start[name] for name in exact}
+    mixed = fit("mixed", strategy=strategy, **MIXED)
+    fast = {"compile": True, "tokenizer_precision": "bfloat16", "residual_precision": "bfloat16"}
+    compiled = fit("compiled", strategy=strategy, module=fast, **MIXED)
+    assert 0 < apart(exact, mixed, start) < 0.5  # AdamW's first steps follow signs, also those of rounding
+    assert 0 < apart(mixed, compiled, start) < 0.5

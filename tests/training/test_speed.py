@@ -14,12 +14,16 @@ from ivideogpt import from_pretrained
 from ivideogpt.models.autoencoder import ResidualBlock
 from ivideogpt.models.discriminator import PatchDiscriminator
 from ivideogpt.models.tokenizer import CompressiveTokenizer
+from ivideogpt.models.transformer import padded_logits, project
 from ivideogpt.training import TokenizerModule, TransformerModule
 from ivideogpt.training.frozen_tokenizer import FrozenTokenizer
 from ivideogpt.training.optim import adamw
 
-# torch reads a gradient while it traces, and silences the warning itself where warnings are no errors
-COMPILING = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
+COMPILING = pytest.mark.filterwarnings(
+    # torch reads a gradient while it traces, and silences the warning itself where warnings are no errors
+    "ignore:The .grad attribute of a Tensor that is not a leaf Tensor",
+    "ignore:.torch.jit.script:DeprecationWarning",  # inside torch 2.11
+)
 
 
 def video(frames: int = 5, size: int = 32) -> Tensor:
@@ -35,8 +39,12 @@ def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, lis
     return value.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=needs_gpu)])
 @pytest.mark.parametrize("kind", ["transformer", "tokenizer", "critic"])
-def test_gradients_are_clipped_in_mixed_precision(kind: str, tiny_world_model, data, trainer) -> None:
+def test_gradients_are_clipped_in_mixed_precision(kind: str, accelerator: str, tiny_world_model, data, trainer) -> None:
     model = tiny_world_model(action_dim=3)
     if kind == "transformer":
         module: Any = TransformerModule(model.transformer, model.tokenizer, gradient_clip=1e-3, warmup_updates=0)
@@ -54,7 +62,8 @@ def test_gradients_are_clipped_in_mixed_precision(kind: str, tiny_world_model, d
         norms.append(float(torch.nn.utils.get_total_norm(gradients)))
 
     module.clip_gradients = clipping
-    trainer(max_steps=2, precision="bf16-mixed", limit_val_batches=0).fit(module, datamodule=data())
+    fit = trainer(max_steps=2, precision="bf16-mixed", limit_val_batches=0, accelerator=accelerator, devices=1)
+    fit.fit(module, datamodule=data())
     assert len(norms) >= 2 and max(norms) <= 1.01e-3
 
 
@@ -164,7 +173,7 @@ def test_compiled_blocks_compute_the_same_under_the_same_names(tiny_world_model)
     module = TransformerModule(model.transformer, model.tokenizer, model.reward_head, compile=True)
     assert list(module.state_dict()) == names
     compiled, found = gradients(module, lambda: loss(module))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # all blocks are compiled once
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # all blocks together, head, loss
     torch.testing.assert_close(compiled, value, rtol=1e-5, atol=1e-6)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
@@ -178,7 +187,7 @@ def test_compiled_blocks_compute_the_same_under_the_same_names(tiny_world_model)
     again, _ = gradients(module, lambda: loss(module))
     torch.testing.assert_close(again, compiled)
     module.imagine(batch)  # rollouts are not compiled
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
 @pytest.mark.slow
@@ -204,3 +213,92 @@ def test_a_compiled_tokenizer_computes_the_same(tiny_world_model) -> None:
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-5)
     assert list(tokenizer.state_dict()) == names
+
+
+def test_blocks_hand_on_bfloat16_and_the_loss_is_nearly_the_same(tiny_world_model) -> None:
+    model = tiny_world_model()
+    clip = video()
+    seen: list[torch.dtype] = []
+    model.transformer.layers[1].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].dtype))
+    losses = []
+    for precision in ("trainer", "bfloat16"):
+        module = TransformerModule(model.transformer, model.tokenizer, residual_precision=precision)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(module.losses(module.predict_clip({"video": clip}), {})["loss"])
+    assert seen == [torch.float32, torch.bfloat16]
+    assert 0 < (losses[0] - losses[1]).abs() < 0.02 * losses[0]
+    with pytest.raises(ValueError, match="residual_precision must be one of .* got 'half'"):
+        TransformerModule(model.transformer, model.tokenizer, residual_precision="half")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_projections_of_one_input_are_one_product_while_they_are_compiled(bias: bool, monkeypatch) -> None:
+    layers = [nn.Linear(6, width, bias=bias) for width in (4, 2, 2)]
+    x = torch.randn(3, 5, 6)
+    expected = [layer(x) for layer in layers]
+    products: list[tuple[int, ...]] = []
+    linear = torch.nn.functional.linear
+
+    def counted(*args: Tensor) -> Tensor:
+        products.append(args[1].shape)
+        return linear(*args)
+
+    monkeypatch.setattr("torch.nn.functional.linear", counted)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    found = project(x, *layers)
+    assert products == ([(4, 6), (2, 6), (2, 6)] if bias else [(8, 6)])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_padded_logits_are_the_logits() -> None:
+    hidden, weight = torch.randn(2, 3, 8), torch.randn(70, 8, requires_grad=True)
+    found = padded_logits(hidden, weight)
+    torch.testing.assert_close(found, hidden @ weight.T)
+    (gradient,) = torch.autograd.grad(found.square().sum(), weight)
+    (expected,) = torch.autograd.grad((hidden @ weight.T).square().sum(), weight)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.slow
+@needs_gpu
+@pytest.mark.filterwarnings("ignore::UserWarning")  # hints of the compiler about float32 products and softmax
+@COMPILING
+def test_on_a_gpu_compiled_training_is_that_of_float32_but_for_rounding(tiny_world_model) -> None:
+    model = tiny_world_model(action_dim=3, reward=True).to("cuda")
+    clip = video().to("cuda")
+    with torch.no_grad():
+        tokens = model.tokenizer.encode(clip)
+    batch: dict[str, Any] = {
+        "tokens": tokens, "actions": torch.rand(2, 5, 3, device="cuda"), "rewards": torch.rand(2, 5, device="cuda"),
+    }  # fmt: skip
+
+    def loss(module: TransformerModule) -> Tensor:
+        return module.losses(module.predict_clip(batch), batch)["loss"]
+
+    parts = (model.transformer, model.tokenizer, model.reward_head)
+    value, expected = gradients(model, lambda: loss(TransformerModule(*parts)))
+    fast = TransformerModule(*parts, compile=True, tokenizer_precision="bfloat16", residual_precision="bfloat16")
+    with torch.autocast("cuda", torch.bfloat16):
+        found_value, found = gradients(model, lambda: loss(fast))
+    torch.testing.assert_close(found_value, value, rtol=2e-2, atol=0)
+    one, other = (torch.cat([gradient.flatten() for gradient in side]) for side in (found, expected))
+    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.99
+    assert (fast.tokenize({"video": clip}) == tokens).float().mean() > 0.5  # a random codebook is full of near ties
+
+
+@pytest.mark.slow
+@needs_gpu
+@pytest.mark.filterwarnings("ignore::UserWarning")  # hints of the compiler about float32 products and softmax
+@COMPILING
+def test_on_a_gpu_a_compiled_frozen_tokenizer_gives_nearly_the_same_ids() -> None:
+    from ivideogpt.data import ShardSet
+
+    wm = from_pretrained("ivideogpt-metaworld-nano", device="cuda")
+    episode = ShardSet("embedded:heldout").episode(0)
+    assert episode is not None
+    clip = torch.from_numpy(episode.video[:8].copy()).permute(0, 3, 1, 2)[None].to("cuda").float() / 255
+    with torch.no_grad():
+        expected = wm.tokenizer.encode(clip)
+    found = FrozenTokenizer(wm.tokenizer, "bfloat16", compile=True)(clip)
+    assert (found == expected).float().mean() > 0.9

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 
 from ivideogpt.config import TokenizerConfig
 from ivideogpt.layout import TokenLayout
@@ -48,6 +49,10 @@ class TokenizerOutput:
     dynamics_indices: Tensor
     context_latents: Tensor
     dynamics_latents: Tensor
+
+
+# without this, FSDP2 of torch 2.11 does not see the tensors inside, and gathers no weights for their backward pass
+register_dataclass(TokenizerOutput)
 
 
 class CompressiveTokenizer(nn.Module):

@@ -39,6 +39,11 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
 
 
+def padded_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits (..., V) of ``hidden`` (..., D) by ``weight`` (V, D); GPUs are slow at products of an odd width."""
+    return F.linear(hidden, F.pad(weight, (0, 0, 0, -len(weight) % 64)))[..., : len(weight)]
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm, computed in float32 whatever the input (Zhang and Sennrich, 2019)."""
 
@@ -57,6 +62,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of ``x`` (B, heads, L, d): feature i turns with feature i + d/2 (Su et al., 2021)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """What each of the linear ``layers`` makes of ``x``; while it is compiled, one product for plain layers."""
+    plain = [layer for layer in layers if type(layer) is nn.Linear and layer.bias is None]
+    if not torch.compiler.is_compiling() or len(plain) < len(layers):
+        return tuple(layer(x) for layer in layers)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    weights = [layer.get_parameter("weight").to(dtype) for layer in plain]
+    return F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
 
 
 class Attention(nn.Module):
@@ -78,8 +94,8 @@ class Attention(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, input_pos: Tensor | None, cache: Cache | None
     ) -> Tensor:
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, L, d)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, L, d)
+            for projected in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, *rope), rotate(k, *rope)
         mask = None
@@ -108,7 +124,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(mlp_dim, embed_dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -148,7 +165,10 @@ class Transformer(nn.Module):
     Attributes:
         recomputes: whether a backward pass computes each block again in place of keeping what is inside (activation
             checkpointing): less memory, a third more arithmetic, the same gradients.
+        compiles: whether what is computed for a backward pass is compiled (``torch.compile``).
     """
+
+    compiles = False
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -191,10 +211,19 @@ class Transformer(nn.Module):
             nn.init.zeros_(self.action_linear.weight)
 
     def compile_blocks(self) -> None:
-        """Compiles the blocks' training forward, all of them once, when it is first called."""
+        """Compiles the training forward of the blocks, all of them once, and of the head, when first called."""
+        self.compiles = True
         for layer in self.layers:
             assert isinstance(layer, Block)
             layer.compiles = True
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of final ``hidden`` states (..., D)."""
+        head = self.lm_head
+        # weights that are spread over processes are no plain parameters, and gathered by the layer's own forward alone
+        if self.compiles and torch.is_grad_enabled() and type(head) is nn.Linear and type(head.weight) is nn.Parameter:
+            return compiled(padded_logits)(hidden, head.weight)
+        return head(hidden)
 
     def flops_per_sequence(self, length: int) -> float:
         """Arithmetic of a training step on one sequence: forward and backward, recomputation not counted.
@@ -261,4 +290,4 @@ class Transformer(nn.Module):
             assert slot_positions is not None
             embeddings = embeddings.index_add(1, slot_positions, self.embed_actions(slot_actions).to(embeddings.dtype))
         hidden = self.backbone(embeddings)
-        return TransformerOutput(self.lm_head(hidden), hidden)
+        return TransformerOutput(self.logits(hidden), hidden)

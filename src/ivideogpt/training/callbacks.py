@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
@@ -20,6 +19,7 @@ from torch import Tensor
 from ivideogpt.drawing import save_comparison, save_png, strip
 from ivideogpt.metrics.tokens import codebook_usage
 from ivideogpt.models.tokenizer import CompressiveTokenizer
+from ivideogpt.training.peaks import promised_rate
 from ivideogpt.training.sharding import is_sharded
 
 
@@ -156,9 +156,8 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         self._restart()
-        if trainer.strategy.root_device.type == "cuda":
-            dtype = torch.float32 if str(trainer.precision).startswith("32") else torch.bfloat16
-            self._peak = get_available_flops(trainer.strategy.root_device, dtype)
+        dtype = torch.float32 if str(trainer.precision).startswith("32") else torch.bfloat16
+        self._peak = promised_rate(trainer.strategy.root_device, dtype)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock anew."""

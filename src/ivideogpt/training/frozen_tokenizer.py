@@ -11,7 +11,18 @@ from torch import Tensor, nn
 from ivideogpt.models.compiling import compiled
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 
-TokenizerPrecision = Literal["trainer", "bfloat16"]
+Precision = Literal["trainer", "bfloat16"]
+
+
+def check_precision(name: str, value: Precision) -> Precision:
+    """``value`` of the argument ``name``.
+
+    Raises:
+        ValueError: if it is no :data:`Precision`.
+    """
+    if value not in get_args(Precision):
+        raise ValueError(f"{name} must be one of {get_args(Precision)}, got {value!r}")
+    return value
 
 
 class FrozenTokenizer:
@@ -28,12 +39,10 @@ class FrozenTokenizer:
     def __init__(
         self,
         tokenizer: CompressiveTokenizer,
-        precision: TokenizerPrecision = "trainer",
+        precision: Precision = "trainer",
         compile: bool = False,  # noqa: A002
     ) -> None:
-        if precision not in get_args(TokenizerPrecision):
-            raise ValueError(f"tokenizer_precision must be one of {get_args(TokenizerPrecision)}, got {precision!r}")
-        self.precision, self.compiles = precision, compile
+        self.precision, self.compiles = check_precision("tokenizer_precision", precision), compile
         self._tokenizer = tokenizer.to(memory_format=torch.channels_last)  # strides alone: the weights are the same
         self._encoders: CompressiveTokenizer | None = None
 

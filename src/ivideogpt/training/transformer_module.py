@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torchmetrics import PearsonCorrCoef
 
 from ivideogpt.models.action_layers import ActionLayers
+from ivideogpt.models.compiling import compiled
 from ivideogpt.models.reward_head import RewardHead
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer, next_token_loss
@@ -29,7 +30,7 @@ from ivideogpt.training.actions import (
     prepare_actions,
 )
 from ivideogpt.training.embedding_seeds import seed_embeddings as codebook_embeddings
-from ivideogpt.training.frozen_tokenizer import FrozenTokenizer, TokenizerPrecision
+from ivideogpt.training.frozen_tokenizer import FrozenTokenizer, Precision, check_precision
 from ivideogpt.training.lora import LoRA, add_lora, merged, trains_lora
 from ivideogpt.training.module import TrainingModule
 from ivideogpt.training.optim import Schedule
@@ -78,10 +79,14 @@ class TransformerModule(TrainingModule):
         seed_embeddings: starts a fresh transformer with embeddings made of the codebooks
             (:func:`ivideogpt.training.embedding_seeds.seed_embeddings`); a trained one would lose its own.
         activation_checkpointing: computes each block again in the backward pass, for the memory that it saves.
-        compile: compiles the blocks and the frozen tokenizer (``torch.compile``): the first update takes minutes.
+        compile: compiles the blocks, the head and the frozen tokenizer (``torch.compile``): the first update takes
+            minutes.
         tokenizer_precision: of the frozen tokenizer, where batches hold pixels: ``"trainer"`` as the trainer says,
             ``"bfloat16"`` in bfloat16 whatever it says: faster, and as in bf16-mixed some ids are not float32's (4 % of
             the embedded model's for held-out recordings, `benchmarks/results/train-cpu.json`).
+        residual_precision: of what the blocks hand on to each other: ``"trainer"`` as the trainer says, which is
+            float32 in bf16-mixed, ``"bfloat16"`` in bfloat16 (with bf16-mixed; as FullyShardedStrategy does there),
+            which halves the memory traffic between the matrix products. Weights stay float32.
         max_bad_updates: updates in a row with a loss that is not finite that are left out before the training stops.
         loss_limit: a larger loss counts as one that is not finite.
         lora: trains small matrices beside the transformer's weights, which are frozen, and its action layer.
@@ -112,7 +117,8 @@ class TransformerModule(TrainingModule):
         seed_embeddings: bool = False,
         activation_checkpointing: bool = False,
         compile: bool = False,  # noqa: A002
-        tokenizer_precision: TokenizerPrecision = "trainer",
+        tokenizer_precision: Precision = "trainer",
+        residual_precision: Precision = "trainer",
         max_bad_updates: int = 0,
         loss_limit: float | None = None,
         lora: LoRA | None = None,
@@ -133,6 +139,7 @@ class TransformerModule(TrainingModule):
         self.layout = tokenizer.layout
         self.freeze_part("tokenizer")
         self._encode = FrozenTokenizer(tokenizer, tokenizer_precision, compile)
+        self.residual_precision = check_precision("residual_precision", residual_precision)
         if compile:
             transformer.compile_blocks()
         if seed_embeddings:
@@ -216,10 +223,12 @@ class TransformerModule(TrainingModule):
         if added is not None:
             positions = layout.slot_positions(future, tokens.device)
             embeddings = embeddings.index_add(1, positions, added.to(embeddings.dtype))
+        if self.residual_precision == "bfloat16":
+            embeddings = embeddings.to(torch.bfloat16)
         hidden = transformer.backbone(embeddings)
         start = layout.prompt_length - 1  # the first dynamics slot predicts the first label
         return TeacherForced(
-            logits=transformer.lm_head(hidden[:, start:]),
+            logits=transformer.logits(hidden[:, start:]),
             labels=layout.labels(tokens)[:, start:],
             reward_hidden=hidden[:, layout.reward_positions(future, tokens.device)],
         )
@@ -238,7 +247,9 @@ class TransformerModule(TrainingModule):
 
     def losses(self, out: TeacherForced, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Named loss terms, ``loss`` their weighted sum."""
-        terms = {"token_loss": next_token_loss(out.logits, out.labels)}
+        compiles = self.transformer.compiles and torch.is_grad_enabled()
+        token_loss = compiled(next_token_loss) if compiles else next_token_loss
+        terms = {"token_loss": token_loss(out.logits, out.labels)}
         terms["loss"] = terms["token_loss"]
         if self.reward_head is not None:
             terms["reward_loss"] = self.reward_loss(self.reward_head(out.reward_hidden), batch)
