@@ -117,7 +117,9 @@ class TritonDecoder(GraphDecoder):
             yield
             return
         ids = self.config.vocab_size if sampling.last_id is None else sampling.last_id + 1
-        logits = torch.empty(rows, ids - sampling.first_id, dtype=torch.float32, device=lead.device)
+        ids -= sampling.first_id
+        aligned = -(-ids // GROUP) * GROUP
+        logits = torch.empty(rows, aligned, dtype=torch.float32, device=lead.device)[:, :ids]
         scratch = self._scratch(cache, rows, 1)
         for index in range(count):
             if index:
@@ -309,7 +311,7 @@ class TritonDecoder(GraphDecoder):
         if rows <= ROWS:
             outs, warps = ROW_SHAPES["head"]
             products.head_rows[(-(-ids // outs),)](
-                x, self._norm, weight, logits, self._eps, length - 1, length, ids,
+                x, self._norm, weight, logits, self._eps, length - 1, length, ids, logits.stride(0),
                 rows, width, outs, power_of_two(width), self._pdl, **self._options, num_warps=warps,
             )  # fmt: skip
             return
@@ -326,25 +328,27 @@ class TritonDecoder(GraphDecoder):
         x, block_x = logits if following is None else following, power_of_two(max(width, 1))
         steps, pdl, options = tokens.stride(0), self._pdl, {**self._options, "num_warps": SAMPLE_WARPS}
         block = min(4096, power_of_two(ids))
+        stride, first = logits.stride(0), sampling.first_id
         if sampling.greedy:
             draw.sample_likeliest[(rows,)](
-                logits, tokens, self._embedding, x, ids, sampling.first_id, steps, block, width, block_x, pdl, **options
+                logits, tokens, self._embedding, x, stride, ids, first, steps, block, width, block_x, pdl, **options
             )
             return
         cool = 1.0 / sampling.temperature
         if sampling.top_k is None or sampling.top_k >= ids:
             draw.sample_all[(rows,)](
-                logits, uniforms, tokens, self._embedding, x, ids, sampling.first_id, cool, uniforms.stride(0), steps,
+                logits, uniforms, tokens, self._embedding, x, stride, ids, first, cool, uniforms.stride(0), steps,
                 block, width, block_x, pdl, **options,
             )  # fmt: skip
             return
-        main = max(1, power_of_two(ids // GROUP + 1) // 2)
-        rest = power_of_two(max(1, -(-ids // GROUP) - main))
+        group = min(GROUP, power_of_two(ids + 1) // 2)
+        main = power_of_two(ids // group + 1) // 2
+        rest = power_of_two(max(1, -(-ids // group) - main))
         tiles = power_of_two(main + rest)
         scratch = torch.empty(rows, tiles, dtype=torch.int32, device=logits.device)
         draw.sample_top_k[(rows,)](
-            logits, uniforms, tokens, self._embedding, x, scratch, ids, sampling.first_id, cool, uniforms.stride(0),
-            steps, sampling.top_k, main, rest, tiles, min(512, power_of_two(sampling.top_k)), GROUP, block,
+            logits, uniforms, tokens, self._embedding, x, scratch, stride, ids, first, cool, uniforms.stride(0), steps,
+            sampling.top_k, main, rest, tiles, min(512, power_of_two(sampling.top_k)), group, block,
             width, block_x, pdl, **options,
         )  # fmt: skip
 

@@ -58,7 +58,7 @@ def _take(tokens, token, row, embedding, x, token_step, WIDTH: tl.constexpr, BLO
 
 @triton.jit
 def sample_likeliest(
-    logits, tokens, embedding, x, count, first_id, token_step,
+    logits, tokens, embedding, x, stride, count, first_id, token_step,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_X: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The likeliest token of each row, the first of several; one row a program."""
@@ -70,7 +70,7 @@ def sample_likeliest(
     chosen = 0
     for first in range(0, count, BLOCK):
         ids = first + tl.arange(0, BLOCK)
-        scores = tl.load(logits + row.to(tl.int64) * count + ids, mask=ids < count, other=float("-inf"))
+        scores = tl.load(logits + row.to(tl.int64) * stride + ids, mask=ids < count, other=float("-inf"))
         highest = tl.max(scores, axis=0)
         if highest > best:
             best = highest
@@ -103,7 +103,7 @@ def _drawn(at, count, least, highest, inverse_temperature, uniform, BLOCK: tl.co
 
 @triton.jit
 def sample_all(
-    logits, uniforms, tokens, embedding, x, count, first_id, inverse_temperature, uniform_step, token_step,
+    logits, uniforms, tokens, embedding, x, stride, count, first_id, inverse_temperature, uniform_step, token_step,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_X: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token of each row, drawn among all ids; one row a program."""
@@ -111,7 +111,7 @@ def sample_all(
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0)
-    at = logits + row.to(tl.int64) * count
+    at = logits + row.to(tl.int64) * stride
     highest = float("-inf")
     for first in range(0, count, BLOCK):
         ids = first + tl.arange(0, BLOCK)
@@ -139,32 +139,32 @@ def _threshold(order, least, bit, TOP_K: tl.constexpr):
 
 @triton.jit
 def sample_top_k(
-    logits, uniforms, tokens, embedding, x, scratch, count, first_id, inverse_temperature, uniform_step, token_step,
+    logits, uniforms, tokens, embedding, x, scratch, stride, count, first_id, inverse_temperature, uniform_step,
+    token_step,
     TOP_K: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, TILES: tl.constexpr, KEPT: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_X: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token of each row, drawn among the TOP_K likeliest ids and ties with the last of them; one row a program.
 
-    Ids are seen in tiles of GROUP, MAIN tiles and REST more. The TOP_K-th highest of the tiles' maxima is a bound that
-    at least TOP_K ids reach, all of them in the tiles whose maximum reaches it, which are as few: only those are
-    searched for the exact bound, and drawn from. With ties that make them more than KEPT all ids are gone through.
+    Ids are seen in tiles of GROUP: MAIN whole ones, and REST more. The TOP_K-th highest of the tiles' maxima is a bound
+    that at least TOP_K ids reach, all of them in the tiles whose maximum reaches it. Those tiles are as few; only they
+    are searched for the exact bound, and drawn from. Where ties make them more than KEPT, all ids are gone through.
     ``scratch`` (R, TILES) int32 is written to.
     """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0)
-    at = logits + row.to(tl.int64) * count
+    at = logits + row.to(tl.int64) * stride
     of_row = scratch + row * TILES
     inner = tl.arange(0, GROUP)
     main = tl.arange(0, MAIN)
-    ids = main[:, None] * GROUP + inner[None, :]
-    scores = tl.load(at + ids, mask=ids < count, other=float("-inf"))
-    tl.store(of_row + main, _in_order(tl.max(scores, axis=1) * inverse_temperature).to(tl.int32, bitcast=True))
+    tiled = tl.load(at + main[:, None] * GROUP + inner[None, :])
+    tl.store(of_row + main, _in_order(tl.max(tiled, axis=1) * inverse_temperature).to(tl.int32, bitcast=True))
     rest = MAIN + tl.arange(0, REST)
     ids = rest[:, None] * GROUP + inner[None, :]
-    scores = tl.load(at + ids, mask=ids < count, other=float("-inf"))
-    tl.store(of_row + rest, _in_order(tl.max(scores, axis=1) * inverse_temperature).to(tl.int32, bitcast=True))
+    tiled = tl.load(at + ids, mask=ids < count, other=float("-inf"))
+    tl.store(of_row + rest, _in_order(tl.max(tiled, axis=1) * inverse_temperature).to(tl.int32, bitcast=True))
     tl.debug_barrier()
     tile = tl.arange(0, TILES)
     there = tile < MAIN + REST

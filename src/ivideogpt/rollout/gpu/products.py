@@ -250,10 +250,10 @@ def add_norm(
 
 @triton.jit
 def head_rows(
-    x, norm, weight, out, eps, row_first, row_step, outs_count,
+    x, norm, weight, out, eps, row_first, row_step, outs_count, out_stride,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Logits (ROWS, outs_count) of the rows row_first + i row_step of x, float32."""
+    """Logits (ROWS, outs_count), rows out_stride apart, of the rows row_first + i row_step of x; float32."""
     if PDL == 1:
         gdc_launch_dependents()
     cols = tl.arange(0, BLOCK_K)
@@ -270,4 +270,4 @@ def head_rows(
     for item in tl.static_range(ROWS):
         row = x + (row_first + item * row_step) * WIDTH
         h = _normed(row, scale, eps, cols, inside, WIDTH, weight.dtype.element_ty)
-        tl.store(out + item * outs_count + outs, tl.sum(part.to(tl.float32) * h[None, :], axis=1), mask=kept)
+        tl.store(out + item * out_stride + outs, tl.sum(part.to(tl.float32) * h[None, :], axis=1), mask=kept)
