@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import sys
 import time
 import traceback
@@ -25,19 +26,22 @@ if not __package__:  # run as a file: the folder above holds the package `benchm
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from benchmarks.baselines import HfCached, Original, check_same_work
+from benchmarks.baselines import Baseline, HfCached, Original, check_same_work
 from benchmarks.rollout_cases import TARGETS, Case, build_model, bytes_per_frame, cases_of
 from benchmarks.rollout_sides import Ours, Run, Side, prepare, supports
 from ivideogpt import WorldModel
 
-SLOW_SECONDS = 60.0
-"""A side whose run takes longer is repeated ``SLOW_REPEATS`` times only (the JSON has the count of each side)."""
 SLOW_REPEATS = 2
+"""Runs of a side that takes longer than ``--slow-seconds`` (the JSON has the count of each side)."""
+WARM_UP_FRAMES = 2
+"""Frames of a baseline's warm-up: nothing in it depends on how many follow."""
 VERSION = 1
+IDS_ONLY = ", dynamics ids only"
+"""Behind the name of a side that draws among the dynamics ids; targets are not about it."""
 
 
 def measure_case(
-    case: Case, sides: dict[str, Side], repeats: int, bandwidth: Callable[[], dict[str, float]]
+    case: Case, sides: dict[str, Side], repeats: int, bandwidth: Callable[[], dict[str, float]], slow_seconds: float
 ) -> dict[str, Any]:
     """Times ``case`` on all ``sides``; a side that fails is reported as failed and the others go on."""
     device = next(iter(sides.values())).wm.device
@@ -49,16 +53,23 @@ def measure_case(
         print(f"{case.name}: {name}, warm-up", flush=True)
         try:
             warm_up, run = prepare(case, side, repeats)
+            short = replace(case, frames=min(case.frames, WARM_UP_FRAMES), baseline_frames=0)
             if isinstance(side, Ours):
-                prepare(replace(case, frames=min(case.frames, 2), baseline_frames=0), side, 1)[0]()
+                prepare(short, side, 1)[0]()
+            elif case.kind in ("clip", "mbrl") and device.type == "cuda":
+                warm_up = prepare(short, side, repeats)[0]
             with common.peak_memory(device) as memory:
                 first = warm_up()
+            if isinstance(side, Baseline) and warm_up is not run and case.kind in ("clip", "mbrl"):
+                memory["growth"] = None  # of fewer frames than are timed
         except Exception as error:
             traceback.print_exc()
             results[name] = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
             continue
         runs[name] = run
-        slow = sum(first) > SLOW_SECONDS and case.kind != "interactive"
+        shortened = warm_up is not run and case.kind in ("clip", "mbrl")
+        whole = sum(first) * (case.frames / short.frames if shortened else 1)
+        slow = whole > slow_seconds and case.kind != "interactive"
         counts[name] = min(repeats, SLOW_REPEATS) if slow else repeats
         results[name] = {"status": "done", "warm_up_seconds": first, "memory_growth_bytes": memory["growth"]}
     gc.collect()
@@ -116,7 +127,7 @@ def judge(result: dict[str, Any], device: str, size: str = "small") -> list[dict
     """
     if size not in ("small", "nano") or (size == "nano") != (result["settings"]["model"] == "nano"):
         return []
-    ours = [name for name in result.get("sides", {}) if name.startswith("ours")]
+    ours = [name for name in result.get("sides", {}) if name.startswith("ours") and not name.endswith(IDS_ONLY)]
     judged = []
     for target in TARGETS[device]:
         if target.case != result["case"] or not ours:
@@ -130,7 +141,7 @@ def judge(result: dict[str, Any], device: str, size: str = "small") -> list[dict
     return judged
 
 
-def make_sides(wm: WorldModel, precisions: list[str], names: list[str]) -> dict[str, Side]:
+def make_sides(wm: WorldModel, precisions: list[str], names: list[str], ids_only: bool) -> dict[str, Side]:
     """What is timed against each other, by name."""
     sides: dict[str, Side] = {}
     if "original" in names:
@@ -139,7 +150,10 @@ def make_sides(wm: WorldModel, precisions: list[str], names: list[str]) -> dict[
         sides["hf-cached"] = HfCached(wm)
     if "ours" in names and not supports("precision"):
         return sides | {"ours:float32": Ours(wm, None)}
-    return sides | {f"ours:{one}": Ours(wm, one) for one in precisions if "ours" in names}
+    sides |= {f"ours:{one}": Ours(wm, one) for one in precisions if "ours" in names}
+    if ids_only and "ours" in names:
+        sides[f"ours:{precisions[-1]}{IDS_ONLY}"] = Ours(wm, precisions[-1], dynamics_ids_only=True)
+    return sides
 
 
 def show(result: dict[str, Any]) -> None:
@@ -185,8 +199,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", default=["float32", "auto"], help="of ours; targets read the last")
     parser.add_argument("--sides", nargs="+", choices=["original", "hf-cached", "ours"],
                         default=["original", "hf-cached", "ours"])  # fmt: skip
+    parser.add_argument("--dynamics-ids-only", action="store_true", help="one more side of ours, single steps only")
     parser.add_argument("--repeats", type=int, help="default 5, with --quick 2")
     parser.add_argument("--frames", type=int, help="steps of the interactive case")
+    parser.add_argument("--baseline-frames", type=int, help="likewise, of the baselines")
+    parser.add_argument("--only", metavar="REGEX", help="of the chosen cases, those whose name it is found in")
+    parser.add_argument("--slow-seconds", type=float, default=60.0, help="a side that takes longer is repeated twice")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter cases: a few minutes")
     parser.add_argument("--out", type=Path, help="default benchmarks/results/rollout-DEVICE.json")
     args = parser.parse_args(words)
@@ -220,7 +238,7 @@ def main(words: list[str] | None = None) -> int:
         "checks": {},
         "cases": [],
     }
-    record["settings"]["slow_seconds"], record["settings"]["slow_repeats"] = SLOW_SECONDS, SLOW_REPEATS
+    record["settings"]["slow_repeats"] = SLOW_REPEATS
     rates = record["rates"]
     print(
         f"{record['machine'].get('gpu', record['machine']['cpu'])}: "
@@ -228,8 +246,9 @@ def main(words: list[str] | None = None) -> int:
         f"GFLOP/s float32, {rates['matrix_flops_bfloat16'] / 1e9:.0f} bfloat16"
     )
     models: dict[tuple[str, bool], WorldModel] = {}
-    for word, cases in cases_of(args.device, args.quick, tiny, args.frames).items():
-        for case in cases if word in args.cases else []:
+    cases = cases_of(args.device, args.quick, tiny, args.frames, args.baseline_frames)
+    for word in args.cases:
+        for case in [case for case in cases[word] if args.only is None or re.search(args.only, case.name)]:
             where = torch.device("cpu") if case.model == "nano" else device
             try:
                 key = ("nano" if case.model == "nano" else args.size, case.rewards)
@@ -239,10 +258,10 @@ def main(words: list[str] | None = None) -> int:
                     record["checks"][f"{key[0]}{' with rewards' if key[1] else ''}"] = check_same_work(model)
                     models[key] = model  # only now: no case is timed with a model that was not found equal
                 names = [name for name in args.sides if case.kind != "decode_step" or name != "original"]
-                sides = make_sides(models[key], args.precisions, names)
-                result = measure_case(
-                    case, sides, args.repeats, partial(common.measure_bandwidth, where, repeats=3, **small)
-                )
+                ids_only = args.dynamics_ids_only and case.kind in ("interactive", "decode_step")
+                sides = make_sides(models[key], args.precisions, names, ids_only)
+                bandwidth = partial(common.measure_bandwidth, where, repeats=3, **small)
+                result = measure_case(case, sides, args.repeats, bandwidth, args.slow_seconds)
             except Exception as error:
                 traceback.print_exc()
                 result = {

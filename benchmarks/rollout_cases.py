@@ -45,7 +45,9 @@ class Case:
         return self.batch * self.samples
 
 
-def cases_of(device: str, quick: bool, tiny: bool, frames: int | None = None) -> dict[str, list[Case]]:
+def cases_of(
+    device: str, quick: bool, tiny: bool, frames: int | None = None, baseline_frames: int | None = None
+) -> dict[str, list[Case]]:
     """Cases by the word that chooses them; a clip's worth of steps is 30 frames for the published models."""
     if tiny:
         steps, clips, candidates, loop = (6, 3), [(1, 2), (2, 2)], [(3, 2)], (2, 2)
@@ -60,6 +62,8 @@ def cases_of(device: str, quick: bool, tiny: bool, frames: int | None = None) ->
             candidates, loop = [(8, 2)], (4, 2)
     if frames is not None:
         steps = (frames, min(frames, steps[1]))
+    if baseline_frames is not None:
+        steps = (steps[0], min(baseline_frames, steps[0]))
     nano = steps if tiny else (150, 60)
     return {
         "interactive": [Case("interactive", "interactive", frames=steps[0], baseline_frames=steps[1])],

@@ -25,11 +25,14 @@ class Ours:
     Args:
         wm: the world model.
         precision: what ``precision=`` is given; None where this version of the package has no such argument.
+        dynamics_ids_only: whether a frame's tokens are drawn among the dynamics ids only.
     """
 
-    def __init__(self, wm: WorldModel, precision: str | None) -> None:
+    def __init__(self, wm: WorldModel, precision: str | None, dynamics_ids_only: bool = False) -> None:
         self.wm = wm
         self.options: dict[str, Any] = {} if precision is None else {"precision": precision}
+        if dynamics_ids_only:
+            self.options["dynamics_ids_only"] = True
         self.precision: str | None = "float32" if precision is None else precision
 
     def resolve(self, context_frames: Tensor) -> None:

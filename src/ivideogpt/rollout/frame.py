@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ivideogpt.layout import TokenLayout
@@ -106,8 +107,8 @@ def next_frame(
     branch.length = state.length
     previous_hidden = None
     if state.previous is None or drawing.force_slots:
-        slot = torch.full((branch.rows, 1), layout.dynamics_slot_id, dtype=torch.int64, device=uniforms.device)
-        lead = torch.cat([state.unfed, slot], dim=1)
+        lead = F.pad(state.unfed, (0, 1), value=layout.dynamics_slot_id)
+        slot = lead[:, -1:]
     else:
         drawn = decoder.sample(branch, state.unfed, None, uniforms[:, :1], drawing.sampling)
         previous_hidden = drawn.hidden[:, -1]

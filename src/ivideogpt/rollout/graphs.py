@@ -335,7 +335,8 @@ def pieces(tokens: int) -> list[int]:
     Launching a graph takes the host some time for each kernel in it, less than it takes to run. So the first is short,
     and while one runs the next, twice as long, is launched.
     """
-    counts, left = [], max(tokens, 1)
+    counts: list[int] = []
+    left = max(tokens, 1)
     while left:
         counts.append(min(left, 2 ** len(counts)))
         left -= counts[-1]

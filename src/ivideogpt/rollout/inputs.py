@@ -55,7 +55,9 @@ def check_actions(
         return None
     if actions is None:
         raise ValueError(f"this model needs actions of width {action_dim}, got None")
-    actions = torch.as_tensor(actions, dtype=torch.float32).to(device)
+    actions = torch.as_tensor(actions, dtype=torch.float32)
+    values = actions.detach().cpu()  # looked at there: one copy in place of several kernels that would be waited for
+    actions = actions.to(device)
     expected = (*shape, action_dim)
     given = tuple(actions.shape)
     misfit = len(given) != len(expected) or any(e is not None and e != g for e, g in zip(expected, given, strict=True))
@@ -64,8 +66,8 @@ def check_actions(
         if rows:  # (T, T, A) -> (2 or 6, T, A)
             wanted = " or ".join(str(size) for size in dict.fromkeys(rows)) + wanted[1:]
         raise ValueError(f"actions must have shape ({wanted}) for this model and these context frames, got {given}")
-    if not bool(torch.isfinite(actions).all()):
-        bad = actions[~torch.isfinite(actions)].flatten()[0].item()
+    if not bool(torch.isfinite(values).all()):
+        bad = values[~torch.isfinite(values)].flatten()[0].item()
         raise ValueError(f"actions must be finite, got {bad}")
     return actions
 

@@ -31,19 +31,17 @@ ROWS = 4
 SHARED_ROWS = 8
 """Queries of one clip from which on they meet its prefix together."""
 
-SPLIT = 128
+SPLIT = 64
 """Positions of a part of the attention, where few rows leave the device idle."""
 
+SHAPES = {"qkv": (4, 1), "out": (16, 8), "gate_up": (2, 1), "down": (2, 8), "head": (8, 2)}
+"""Of each product of a few rows, outputs (or pairs of them) of a program, and its warps; the fastest on an H200."""
 
-ROW_SHAPES = {"qkv": (8, 4), "out": (4, 4), "gate_up": (8, 4), "down": (4, 8), "head": (16, 4)}
-"""Of each product of a few rows, outputs (or pairs of them) of a program, and its warps."""
+ATTEND_WARPS, MANY_ATTEND_WARPS, SAMPLE_WARPS = 2, 4, 8
+"""Warps of a part of the attention of few rows and of many, and of a draw."""
 
-ATTEND_WARPS = 8
-
-SAMPLE_WARPS = 8
-
-GROUP = 16
-"""Ids of a tile while the likeliest are looked for."""
+ALIGNED = 16
+"""Rows of logits begin at a multiple of so many numbers, so that they are read in wide loads."""
 
 
 @dataclass
@@ -118,7 +116,7 @@ class TritonDecoder(GraphDecoder):
             return
         ids = self.config.vocab_size if sampling.last_id is None else sampling.last_id + 1
         ids -= sampling.first_id
-        aligned = -(-ids // GROUP) * GROUP
+        aligned = -(-ids // ALIGNED) * ALIGNED
         logits = torch.empty(rows, aligned, dtype=torch.float32, device=lead.device)[:, :ids]
         scratch = self._scratch(cache, rows, 1)
         for index in range(count):
@@ -177,7 +175,7 @@ class TritonDecoder(GraphDecoder):
         """The residual stream (M, D) of ``tokens`` behind the last layer."""
         rows, length = tokens.shape
         scratch = self._scratch(branch, rows, length)
-        self._embed(tokens, actions, action_at % length, scratch.x)
+        self._embed_into(scratch.x, tokens, actions, action_at % length)
         return self._layers_of(branch, scratch, start, offset, length)
 
     def _layers_of(self, branch: KVCache, scratch: Scratch, start: Tensor, offset: int, length: int) -> Tensor:
@@ -197,7 +195,7 @@ class TritonDecoder(GraphDecoder):
         config, count = self.config, len(s.x)
         heads, kv_heads, dim, pdl = self._heads, self._kv_heads, self._dim, self._pdl
         width, block = config.embed_dim, power_of_two(config.embed_dim)
-        half, warps = ROW_SHAPES["qkv"]
+        half, warps = SHAPES["qkv"]
         products.qkv_rows[((heads + 2 * kv_heads) * dim // 2 // half,)](
             s.x, layer.attention_norm, layer.qkv, self._cos, self._sin, start, s.query, branch.keys[index],
             branch.values[index], branch.capacity, branch.prefix.length, offset, self._eps,
@@ -205,18 +203,18 @@ class TritonDecoder(GraphDecoder):
         )  # fmt: skip
         splits = self._attend(branch, index, s, start, offset, length)
         attended = heads * dim
-        outs, warps = ROW_SHAPES["out"]
+        outs, warps = SHAPES["out"]
         products.residual_rows[(-(-width // outs),)](
             s.x, s.outputs, s.lse, layer.out,
             count, attended, width, outs, power_of_two(attended), splits, heads, dim, pdl,
             **self._options, num_warps=warps,
         )  # fmt: skip
-        outs, warps = ROW_SHAPES["gate_up"]
+        outs, warps = SHAPES["gate_up"]
         products.gate_up_rows[(-(-config.mlp_dim // outs),)](
             s.x, layer.mlp_norm, layer.gate_up, s.gated, self._eps,
             count, width, config.mlp_dim, outs, block, pdl, **self._options, num_warps=warps,
         )  # fmt: skip
-        outs, warps = ROW_SHAPES["down"]
+        outs, warps = SHAPES["down"]
         products.residual_rows[(-(-width // outs),)](
             s.x, s.gated, s.lse, layer.down,
             count, config.mlp_dim, width, outs, power_of_two(config.mlp_dim), 0, heads, dim, pdl,
@@ -268,11 +266,12 @@ class TritonDecoder(GraphDecoder):
             first = parts
         longest = own_chunk if shared else max(chunk, own_chunk)
         block = min(SPLIT, power_of_two(longest))
+        warps = ATTEND_WARPS if rows * length <= ROWS else MANY_ATTEND_WARPS
         attention.attend_rows[(rows * length * kv_heads, splits - first)](
             s.query, prefix.keys[index], prefix.values[index], branch.keys[index], branch.values[index], start,
             s.outputs, s.lse, prefix.length, branch.capacity, offset, self._scale, chunk, own_chunk,
             length, branch.samples, heads, kv_heads, dim, block, longest <= block, parts,
-            splits, first, self._pdl, **self._options, num_warps=ATTEND_WARPS if rows * length <= ROWS else 4,
+            splits, first, self._pdl, **self._options, num_warps=warps,
         )  # fmt: skip
         return splits
 
@@ -294,7 +293,7 @@ class TritonDecoder(GraphDecoder):
             width, added is not None, power_of_two(width), self._pdl, **self._options,
         )  # fmt: skip
 
-    def _embed(self, tokens: Tensor, actions: Tensor | None, action_at: int, x: Tensor) -> None:
+    def _embed_into(self, x: Tensor, tokens: Tensor, actions: Tensor | None, action_at: int) -> None:
         width = self.config.embed_dim
         weight, bias = self._action or (self._embedding, self._embedding)
         draw.embed[(tokens.numel(),)](
@@ -309,7 +308,7 @@ class TritonDecoder(GraphDecoder):
         width = self.config.embed_dim
         weight = self._head[sampling.first_id : sampling.first_id + ids]
         if rows <= ROWS:
-            outs, warps = ROW_SHAPES["head"]
+            outs, warps = SHAPES["head"]
             products.head_rows[(-(-ids // outs),)](
                 x, self._norm, weight, logits, self._eps, length - 1, length, ids, logits.stride(0),
                 rows, width, outs, power_of_two(width), self._pdl, **self._options, num_warps=warps,
@@ -325,31 +324,14 @@ class TritonDecoder(GraphDecoder):
         """Draws one token of each row; its embedding becomes the residual stream ``following`` (R, D), if given."""
         rows, ids = logits.shape
         width = 0 if following is None else self.config.embed_dim
-        x, block_x = logits if following is None else following, power_of_two(max(width, 1))
-        steps, pdl, options = tokens.stride(0), self._pdl, {**self._options, "num_warps": SAMPLE_WARPS}
-        block = min(4096, power_of_two(ids))
-        stride, first = logits.stride(0), sampling.first_id
-        if sampling.greedy:
-            draw.sample_likeliest[(rows,)](
-                logits, tokens, self._embedding, x, stride, ids, first, steps, block, width, block_x, pdl, **options
-            )
-            return
-        cool = 1.0 / sampling.temperature
-        if sampling.top_k is None or sampling.top_k >= ids:
-            draw.sample_all[(rows,)](
-                logits, uniforms, tokens, self._embedding, x, stride, ids, first, cool, uniforms.stride(0), steps,
-                block, width, block_x, pdl, **options,
-            )  # fmt: skip
-            return
-        group = min(GROUP, power_of_two(ids + 1) // 2)
-        main = power_of_two(ids // group + 1) // 2
-        rest = power_of_two(max(1, -(-ids // group) - main))
-        tiles = power_of_two(main + rest)
-        scratch = torch.empty(rows, tiles, dtype=torch.int32, device=logits.device)
-        draw.sample_top_k[(rows,)](
-            logits, uniforms, tokens, self._embedding, x, scratch, stride, ids, first, cool, uniforms.stride(0), steps,
-            sampling.top_k, main, rest, tiles, min(512, power_of_two(sampling.top_k)), group, block,
-            width, block_x, pdl, **options,
+        top_k = 0 if sampling.top_k is None or sampling.top_k >= ids else sampling.top_k
+        block = power_of_two(ids + 1) // 2
+        x = logits if following is None else following  # not touched if width is 0
+        draw.sample[(rows,)](
+            logits, uniforms, tokens, self._embedding, x, logits.stride(0), ids, sampling.first_id,
+            1.0 if sampling.greedy else 1.0 / sampling.temperature, uniforms.stride(0),
+            tokens.stride(0), sampling.greedy, top_k, block, power_of_two(max(ids - block, 1)), width,
+            power_of_two(max(width, 1)), self._pdl, **self._options, num_warps=max(1, min(SAMPLE_WARPS, block // 512)),
         )  # fmt: skip
 
 
