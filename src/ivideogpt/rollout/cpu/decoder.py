@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ivideogpt.models.transformer import Attention, Block, RMSNorm, SwiGLU, Transformer
 from ivideogpt.rollout.cpu import packing
 from ivideogpt.rollout.cpu.build import load_kernel, why_unavailable
+from ivideogpt.rollout.cpu.fixed import has_fixed_products
 from ivideogpt.rollout.cpu.prefill import context_keys_values
 from ivideogpt.rollout.decoder import Branch, Sampled
 from ivideogpt.rollout.sampling import Sampling
@@ -136,6 +137,7 @@ class KernelDecoder:
         longest = transformer.config.max_positions + packing.KEYS  # branches are filled up to whole blocks
         self._rope = transformer.rope(torch.arange(longest), torch.float32)
         half = precision != "float32" and bool(library.ivideogpt_has_float16())
+        self._fixed = precision != "float32" and has_fixed_products()
         self._kv_dtype = torch.float16 if half else torch.float32
         self._kept: list[Tensor] = []  # what the structs point to
         with torch.inference_mode():
@@ -147,7 +149,7 @@ class KernelDecoder:
         assert transformer is not None, "the transformer that this decoder was made from is gone"
         clips, length = tokens.shape
         keys, values = self._empty(clips, length), self._empty(clips, length)
-        for layer, (k, v) in enumerate(context_keys_values(transformer, tokens)):
+        for layer, (k, v) in enumerate(context_keys_values(transformer, tokens, self._fixed)):
             packing.pack_keys(k, keys[layer])
             packing.pack_values(v, values[layer])
         return KernelPrefix(keys, values, clips, length)
