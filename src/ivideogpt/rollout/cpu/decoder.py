@@ -118,7 +118,9 @@ class KernelDecoder:
         transformer: one that :func:`supported` says nothing against; kept by the caller.
         precision: how weights are stored: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"`` (with a float32
             scale per output and group of 128 inputs). Activations and sums are float32. Keys and values are float32
-            for float32 weights, else float16.
+            for float32 weights, else float16. The prefill uses the transformer's own weights: in float32 for
+            ``"float32"``, else in products by 16-bit integers where the processor has them
+            (:mod:`ivideogpt.rollout.cpu.fixed`).
 
     Attributes:
         precision: as given.

@@ -174,19 +174,21 @@ void ivideogpt_fixed_product(const int16_t* x, const float* x_scales, const floa
 #pragma omp for schedule(dynamic)
         for (int64_t block = 0; block < blocks; block++) {
             pack(weight, outputs, inputs, block * BLOCK, packed.data(), scales.data());
-            const int64_t wide = std::min<int64_t>(BLOCK, outputs - block * BLOCK);
             for (int64_t p = 0; p < panels; p++) {
                 const int64_t row = rows * p / panels, end = rows * (p + 1) / panels;
                 panel_of<MAX_ROWS>(end - row, packed.data(), scales.data(), x + row * groups * GROUP,
                                    x_scales + row * groups, groups, sums);
-                for (int64_t r = row; r < end; r++)
-                    for (int64_t j = 0; j < wide; j++) {
-                        const int64_t at = r * outputs + block * BLOCK + j;
-                        float sum = sums[r - row][j];
-                        if (bias) sum += bias[block * BLOCK + j];
-                        if (residual) sum += residual[at];
-                        y[at] = sum;
+                for (int64_t v = 0; v < BLOCK; v += LANES) {
+                    const int64_t first = block * BLOCK + v, left = outputs - first;
+                    if (left <= 0) break;
+                    const __mmask16 inside = left >= LANES ? 0xffff : (1 << left) - 1;
+                    const __m512 added = bias ? _mm512_maskz_loadu_ps(inside, bias + first) : _mm512_setzero_ps();
+                    for (int64_t r = row; r < end; r++) {
+                        __m512 sum = _mm512_load_ps(sums[r - row] + v) + added;
+                        if (residual) sum += _mm512_maskz_loadu_ps(inside, residual + r * outputs + first);
+                        _mm512_mask_storeu_ps(y + r * outputs + first, inside, sum);
                     }
+                }
             }
         }
     }

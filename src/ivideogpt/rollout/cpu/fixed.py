@@ -23,7 +23,6 @@ from ivideogpt.rollout.cpu.build import load_kernel
 GROUP = 128
 """Inputs that share a scale."""
 
-
 ERROR = 1e-3
 """Relative error of products of random numbers that tells a kernel that is wrong: the one that is right has 2e-4."""
 
