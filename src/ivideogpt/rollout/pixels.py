@@ -345,11 +345,15 @@ def encode_context(tokenizer: CompressiveTokenizer, context_frames: Tensor) -> T
     """Indices (B, t0, N) of ``context_frames`` (B, t0, C, H, W), in batches bounded in memory."""
     weight = next(tokenizer.parameters())
     at_once = max(1, DECODE_PIXELS // (tokenizer.config.resolution**2 * context_frames.shape[1]))
-    parts = [part.to(weight.device, weight.dtype) for part in context_frames.split(at_once)]
     encoder = tiled_encoder_for(tokenizer)
-    if encoder is None:
-        return torch.cat([tokenizer.encode_context(part)[0] for part in parts])
-    return torch.cat([encoder.indices(part.flatten(0, 1)).unflatten(0, part.shape[:2]) for part in parts])
+    indices = []
+    for part in context_frames.split(at_once):
+        part = part.to(weight.device, weight.dtype)
+        if encoder is None:
+            indices.append(tokenizer.encode_context(part)[0])
+        else:
+            indices.append(encoder.indices(part.flatten(0, 1)).unflatten(0, part.shape[:2]))
+    return torch.cat(indices)
 
 
 def to_unit_range(frames: Tensor) -> Tensor:
