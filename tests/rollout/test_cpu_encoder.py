@@ -79,11 +79,17 @@ def test_indices_are_the_tokenizers(tokenizer_of: Build, fields: dict[str, Any])
 
 @needs_kernels
 @torch.no_grad()
-def test_latents_are_near(tokenizer_of: Build) -> None:
+def test_latents_are_near(tokenizer_of: Build, monkeypatch: Any) -> None:
     tokenizer = tokenizer_of()
-    frames, seen = frames_for(tokenizer, 3), []
+    frames = frames_for(tokenizer, 3)
+    seen: list[Tensor] = []
     made = TiledEncoder(tokenizer)
-    made._codebook.nearest = lambda z: seen.append(z) or torch.zeros(z.shape[:-1])  # type: ignore[method-assign]
+
+    def nearest(z: Tensor) -> Tensor:
+        seen.append(z)
+        return torch.zeros(z.shape[:-1])
+
+    monkeypatch.setattr(made._codebook, "nearest", nearest)
     made.indices(frames)
     expected = tokenizer._context_latents(frames[:, None])[0][:, 0]
     torch.testing.assert_close(seen[0], expected, atol=1e-5, rtol=1e-5)
