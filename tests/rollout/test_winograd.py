@@ -92,3 +92,14 @@ def test_every_convolution_of_a_fitting_decoder_is_tiled(tiny_config: Build) -> 
     winograd.use_tiles(decoder, 8)
     left = [name for name, module in decoder.named_modules() if isinstance(module, nn.Conv2d)]
     assert {name.rpartition(".")[2] for name in left} == {"conv_in", "conv_out", "conv_shortcut"}
+
+
+@needs_kernels
+def test_every_convolution_of_a_fitting_encoder_is_tiled(tiny_config: Build) -> None:
+    config = tiny_config(block_channels=(16, 32, 32), layers_per_block=2).tokenizer
+    encoder = CompressiveTokenizer(config).encoder
+    last = winograd.tile_encoder(encoder, config.resolution)
+    assert isinstance(last, winograd.TiledOutput)
+    left = [name for name, module in encoder.named_modules() if isinstance(module, nn.Conv2d)]
+    assert {name.rpartition(".")[2] for name in left} == {"conv_in", "conv_out", "conv_shortcut", "conv"}
+    assert sum(name.endswith(".conv") for name in left) == 2  # of stride 2

@@ -149,7 +149,8 @@ def rollout(
         return_frames: ``"all"``, ``"last"`` or None: what is decoded to pixels.
         precision: of the transformer's weights: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"``, or
             ``"auto"`` for the fastest whose argmax ids are those of float32 (:mod:`ivideogpt.rollout.precision`). None
-            is the precision that the weights are in.
+            is the precision that the weights are in. All but ``"float32"`` put the context through the transformer in
+            products by 16-bit integers where a CPU has instructions for them.
         dynamics_ids_only: draw a frame's tokens among the dynamics ids only. It is exact as long as the model gives
             no other id a chance.
         speculation: draw several tokens at a time.

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ivideogpt.models.conditional import KeysValues
 from ivideogpt.models.tokenizer import CompressiveTokenizer, entries_to_grid, patches_to_grid
 from ivideogpt.rollout.cpu import why_unavailable, winograd
+from ivideogpt.rollout.cpu.encoder import tiled_encoder_for
 from ivideogpt.rollout.gpu import no_kernels
 from ivideogpt.rollout.memory import SHARE, free_memory, is_out_of_memory
 from ivideogpt.rollout.weights import weights_key
@@ -344,8 +345,15 @@ def encode_context(tokenizer: CompressiveTokenizer, context_frames: Tensor) -> T
     """Indices (B, t0, N) of ``context_frames`` (B, t0, C, H, W), in batches bounded in memory."""
     weight = next(tokenizer.parameters())
     at_once = max(1, DECODE_PIXELS // (tokenizer.config.resolution**2 * context_frames.shape[1]))
-    parts = context_frames.split(at_once)
-    return torch.cat([tokenizer.encode_context(part.to(weight.device, weight.dtype))[0] for part in parts])
+    encoder = tiled_encoder_for(tokenizer)
+    indices = []
+    for part in context_frames.split(at_once):
+        part = part.to(weight.device, weight.dtype)
+        if encoder is None:
+            indices.append(tokenizer.encode_context(part)[0])
+        else:
+            indices.append(encoder.indices(part.flatten(0, 1)).unflatten(0, part.shape[:2]))
+    return torch.cat(indices)
 
 
 def to_unit_range(frames: Tensor) -> Tensor:

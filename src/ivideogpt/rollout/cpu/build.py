@@ -28,7 +28,17 @@ import torch
 
 from ivideogpt.rollout.cpu import packing
 
-_SOURCES = ("kernel.cpp", "winograd.cpp", "attention.h", "draw.h", "gemm.h", "model.h", "pack.h", "threads.h")
+_SOURCES = (
+    "kernel.cpp",
+    "winograd.cpp",
+    "fixed.cpp",
+    "attention.h",
+    "draw.h",
+    "gemm.h",
+    "model.h",
+    "pack.h",
+    "threads.h",
+)
 _COMPILERS = ("c++", "g++", "clang++")
 _BUILD_SECONDS = 300
 # Contraction to fused multiply-adds is wanted. NaN and infinity keep their meaning: no -ffast-math.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ivideogpt.models.transformer import Attention, Block, RMSNorm, SwiGLU, Transformer
 from ivideogpt.rollout.cpu import packing
 from ivideogpt.rollout.cpu.build import load_kernel, why_unavailable
+from ivideogpt.rollout.cpu.fixed import has_fixed_products
 from ivideogpt.rollout.cpu.prefill import context_keys_values
 from ivideogpt.rollout.decoder import Branch, Sampled
 from ivideogpt.rollout.sampling import Sampling
@@ -117,7 +118,9 @@ class KernelDecoder:
         transformer: one that :func:`supported` says nothing against; kept by the caller.
         precision: how weights are stored: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"`` (with a float32
             scale per output and group of 128 inputs). Activations and sums are float32. Keys and values are float32
-            for float32 weights, else float16.
+            for float32 weights, else float16. The prefill uses the transformer's own weights: in float32 for
+            ``"float32"``, else in products by 16-bit integers where the processor has them
+            (:mod:`ivideogpt.rollout.cpu.fixed`).
 
     Attributes:
         precision: as given.
@@ -136,6 +139,7 @@ class KernelDecoder:
         longest = transformer.config.max_positions + packing.KEYS  # branches are filled up to whole blocks
         self._rope = transformer.rope(torch.arange(longest), torch.float32)
         half = precision != "float32" and bool(library.ivideogpt_has_float16())
+        self._fixed = precision != "float32" and has_fixed_products()
         self._kv_dtype = torch.float16 if half else torch.float32
         self._kept: list[Tensor] = []  # what the structs point to
         with torch.inference_mode():
@@ -147,7 +151,7 @@ class KernelDecoder:
         assert transformer is not None, "the transformer that this decoder was made from is gone"
         clips, length = tokens.shape
         keys, values = self._empty(clips, length), self._empty(clips, length)
-        for layer, (k, v) in enumerate(context_keys_values(transformer, tokens)):
+        for layer, (k, v) in enumerate(context_keys_values(transformer, tokens, self._fixed)):
             packing.pack_keys(k, keys[layer])
             packing.pack_values(v, values[layer])
         return KernelPrefix(keys, values, clips, length)

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ivideogpt.models.autoencoder import Decoder, ResidualBlock, Upsample
+from ivideogpt.models.autoencoder import Decoder, Encoder, ResidualBlock, Upsample, normed_convolution
 from ivideogpt.rollout.cpu.build import load_kernel
 
 LANES = 16
@@ -178,11 +178,11 @@ class TiledResidualBlock(nn.Module):
 
 
 class TiledOutput(nn.Module):
-    """:meth:`Decoder.to_frames` in one tiled convolution."""
+    """The last norm, SiLU and convolution of a decoder or an encoder, the convolution tiled."""
 
-    def __init__(self, decoder: Decoder, kind: int) -> None:
+    def __init__(self, coder: Decoder | Encoder, kind: int) -> None:
         super().__init__()
-        self.norm, self.conv = decoder.conv_norm_out, TiledConvolution(decoder.conv_out, kind)
+        self.norm, self.conv = coder.conv_norm_out, TiledConvolution(coder.conv_out, kind)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x, norm_coefficients(self.norm, x))
@@ -201,17 +201,41 @@ def use_tiles(decoder: Decoder, grid_size: int, products: torch.dtype = torch.fl
     """
     width = grid_size
     for index, stage in enumerate((decoder.mid_block, *decoder.up_blocks)):
-        kind = kind_for(width)
-        for parent in list(stage.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, ResidualBlock) and kind and _fits(child.conv1, child.conv2):
-                    setattr(parent, name, TiledResidualBlock(child, kind, products))
-                elif isinstance(child, Upsample) and _fits(child.conv):
-                    setattr(parent, name, TiledConvolution(child.conv, 0, products))
+        _tile(stage, kind_for(width), products)
         if 0 < index < len(decoder.up_blocks):
             width *= 2
     kind = kind_for(width)
     return TiledOutput(decoder, kind) if kind and decoder.conv_out.in_channels % LANES == 0 else decoder.to_frames
+
+
+def tile_encoder(encoder: Encoder, resolution: int) -> Callable[[Tensor], Tensor]:
+    """Replaces, in place, what of ``encoder`` the kernels can do: all but the first convolution and those of stride 2.
+
+    Args:
+        encoder: of float32 on the CPU; a copy, as it cannot be trained any more.
+        resolution: side of the frames that it will be given.
+
+    Returns:
+        What makes latents of what the middle block gives.
+    """
+    width = resolution
+    for index, stage in enumerate((*encoder.down_blocks, encoder.mid_block)):
+        _tile(stage, kind_for(width), torch.float32)
+        if index + 1 < len(encoder.down_blocks):
+            width //= 2
+    kind = kind_for(width)
+    if kind and encoder.conv_out.in_channels % LANES == 0:
+        return TiledOutput(encoder, kind)
+    return partial(normed_convolution, encoder.conv_norm_out, encoder.conv_out)
+
+
+def _tile(stage: nn.Module, kind: int, products: torch.dtype) -> None:
+    for parent in list(stage.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, ResidualBlock) and kind and _fits(child.conv1, child.conv2):
+                setattr(parent, name, TiledResidualBlock(child, kind, products))
+            elif isinstance(child, Upsample) and _fits(child.conv):
+                setattr(parent, name, TiledConvolution(child.conv, 0, products))
 
 
 def kind_for(width: int) -> int:
