@@ -101,6 +101,8 @@ def test_every_device_computes_the_same(measured: Measured, monkeypatch: pytest.
     seen: list[tuple[str, str]] = []
 
     class Watched(Integrator):
+        dtype = torch.float32
+
         def rollout(self, context_frames: Tensor, actions: Tensor | None = None, **settings: Any) -> Any:
             seen.append((conv.fp32_precision, matmul.fp32_precision))
             return super().rollout(context_frames, actions, **settings)
