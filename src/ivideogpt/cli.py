@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("ivideogpt.commands.predict", "roll one recording out and write truth | prediction | error"),
     "evaluate": ("ivideogpt.commands.evaluate", "measure a model on packed episodes"),
     "compare": ("ivideogpt.commands.compare", "say whether two results differ by more than chance"),
+    "gfvd": ("ivideogpt.commands.gfvd", "compare generated clips of classes with real ones"),
     "data": ("ivideogpt.commands.data", "pack, collect, inspect and tokenize episodes"),
     "adapt": ("ivideogpt.commands.adapt", "adapt a model's tokenizer to new recordings"),
     "consolidate": ("ivideogpt.commands.consolidate", "make a model of a training checkpoint, sharded or not"),

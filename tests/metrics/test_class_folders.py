@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ivideogpt import cli
+from ivideogpt.metrics import networks
 from ivideogpt.metrics.class_folders import class_distance
 from ivideogpt.metrics.networks import FeatureNetwork, random_network
 
@@ -86,3 +89,33 @@ def test_bad_folders(tmp_path: Path) -> None:
         class_distance(real, real, network)
     with pytest.raises(ValueError, match="must have 6 frames or more of 24 x 24"):
         class_distance(real, real, network, frames=6, size=24)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    real, generated = write_set(tmp_path / "real", 0), write_set(tmp_path / "generated", 5000)
+    expected = class_distance(real, generated, random_network(), frames=5, size=24)
+    out = tmp_path / "gfvd.json"
+    words = ["gfvd", str(real), str(generated), "--frames", "5", "--size", "24", "--fvd-weights", "random"]
+    assert cli.main([*words, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{expected.label}: {expected.distance:.4g}, 12 generated against 12 real clips of 2 classes" in printed
+    assert "gFVD" not in printed and "note: 12 real videos are too few" in printed
+    result = json.loads(out.read_text())
+    assert result["distance"] == pytest.approx(expected.distance)
+    assert (result["is_reference"], result["sha256"]) == (False, random_network().sha256)
+    assert result["generated"] == {"folder": str(generated), "clips": {"Archery": 6, "Bowling": 6}}
+
+
+def test_mistakes_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = str(write_set(tmp_path / "real", 0, 1))
+    monkeypatch.setattr(networks, "_candidates", lambda _: [])
+    for words, message in (
+        ([real, real], "FVD needs the weights i3d_torchscript.pt"),
+        ([real, real, "--fvd-weights", "random"], "the clips must have 17 frames or more of 256 x 256"),
+        ([real, real, "--fvd-weights", "random", "--out", str(tmp_path / "no" / "x.json")], "there is no folder"),
+        ([real, real, "--fvd-weights", str(tmp_path / "absent.pt")], "there is no file"),
+    ):
+        assert cli.main(["gfvd", *words]) == 2
+        assert message in capsys.readouterr().err

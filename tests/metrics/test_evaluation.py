@@ -94,6 +94,32 @@ def test_best_and_mean_of_several_samples(measured: Measured) -> None:
     assert many["mean_of_samples"]["mse"] > many["model"]["mse"]
 
 
+def test_every_device_computes_the_same(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames in float32, without TF32, and random numbers of the CPU; a model in bfloat16 decodes in what it likes."""
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = conv.fp32_precision, matmul.fp32_precision
+    seen: list[tuple[str, str]] = []
+
+    class Watched(Integrator):
+        dtype = torch.float32
+
+        def rollout(self, context_frames: Tensor, actions: Tensor | None = None, **settings: Any) -> Any:
+            seen.append((conv.fp32_precision, matmul.fp32_precision))
+            return super().rollout(context_frames, actions, **settings)
+
+        def parameters(self) -> Any:
+            return iter([torch.zeros(1, dtype=self.dtype)])
+
+    for dtype, precision in ((torch.float32, "float32"), (torch.bfloat16, None)):
+        model = Watched()
+        model.dtype = dtype
+        measured(model, MemoryClips(["push"] * 2))
+        assert {call["frame_precision"] for call in model.calls} == {precision}
+        assert {one.device.type for call in model.calls for one in call["generator"]} == {"cpu"}
+    assert set(seen) == {("ieee", "ieee")}
+    assert (conv.fp32_precision, matmul.fp32_precision) == before
+
+
 def numbers(result: dict[str, Any]) -> dict[str, Any]:
     """What must not depend on how it was computed."""
     return {name: result[name] for name in ("tasks", "overall", "videos")}

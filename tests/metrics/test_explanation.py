@@ -18,6 +18,7 @@ from ivideogpt.metrics.clips import ClipSet
 from ivideogpt.metrics.evaluation import evaluate
 from ivideogpt.metrics.explanation import explain
 from ivideogpt.metrics.judges import Judges, judges_for, other_networks
+from ivideogpt.metrics.networks import random_network
 from ivideogpt.metrics.protocols import EvaluationProtocol
 from ivideogpt.metrics.video import mse, psnr, ssim
 from tests.metrics.conftest import SIZE, Integrator, MemoryClips
@@ -155,6 +156,18 @@ def test_recordings_of_another_size_try_the_kernels(tiny_world_model: Callable[.
     assert row["psnr"][1] < row["psnr"][0] < values(found, "8 of the 9 videos: high end")["psnr"][1]
     if judges.features is None:
         assert "FVD needs the weights" in found["not_computed"]["FVD network"]
+
+
+def test_another_fvd_network_is_never_tried_and_that_is_said() -> None:
+    wanted, without = EvaluationProtocol(), EvaluationProtocol(metrics=("psnr",), fvd=None)
+    with_fvd = Judges({"psnr": psnr}, features=random_network(4))
+    assert (
+        "FVD was measured with one network and never with another"
+        in other_networks(wanted, with_fvd)["missing"]["FVD network"]
+    )
+    lacking = Judges({"psnr": psnr}, missing={"fvd": "no weights"})
+    assert other_networks(wanted, lacking)["missing"]["FVD network"] == "no weights"
+    assert "FVD network" not in other_networks(without, Judges({"psnr": psnr}))["missing"]
 
 
 def test_the_given_frames_are_those_that_are_stored(tmp_path: Path) -> None:

@@ -1,97 +1,93 @@
-"""Fetching weights with the real Hub client from a loopback server: checked, found again without it, refused if wrong.
-
-The client reads ``HF_ENDPOINT`` when it is imported, so one script in a process of its own does it all.
-"""
+"""Fetching weights with the real Hub client from a loopback Hub: checked, found again without it, refused if wrong."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import hashlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-SCRIPT = """
-import dataclasses, hashlib, io, json, os, sys, warnings
+from ivideogpt.metrics.networks import WEIGHT_FILES, RandomFeatures
+from tests.zoo.hub_client import ClientError, HubClient
+from tests.zoo.hub_server import Hub, serve
 
-sys.path.insert(0, sys.argv[1])
-from hub_server import serve
-
-def error_of(call):
-    try:
-        call()
-    except Exception as error:
-        return [type(error).__name__, str(error)]
-
-report = {}
-with serve() as hub:
-    os.environ |= {
-        "HF_ENDPOINT": hub.endpoint, "HF_HOME": sys.argv[2], "TORCH_HOME": sys.argv[2], "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    import torch
-    from ivideogpt.metrics import networks
-    from ivideogpt.metrics.networks import WEIGHT_FILES, find_feature_network
-
-    published = WEIGHT_FILES["i3d"][0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        buffer = io.BytesIO()
-        torch.jit.save(torch.jit.script(networks.RandomFeatures(400, seed=1)), buffer)
-    content = buffer.getvalue()
-    repository = hub.add(published.repo_id, {published.file: content})
-    revision, = repository.commits
-    small = dataclasses.replace(published, revision=revision)
-    WEIGHT_FILES["i3d"] = (small,)
-    report["wrong"] = error_of(lambda: networks.fetch_weights("i3d"))
-    report["still wrong"] = error_of(lambda: find_feature_network("i3d"))
-    report["sha256"] = hashlib.sha256(content).hexdigest()
-
-    WEIGHT_FILES["i3d"] = (dataclasses.replace(small, sha256=report["sha256"]),)
-    report["fetched"] = str(networks.fetch_weights("i3d").path)
-    count = len(hub.requests)
-    network = find_feature_network("i3d")
-    report["label"], report["features"] = network.label, network.num_features
-    video = torch.zeros(2, 4, 3, 8, 8)
-    report["shape"] = list(network(video).shape)
-    report["asked again"] = len(hub.requests) - count
-
-    WEIGHT_FILES["i3d"] = (dataclasses.replace(small, revision="0" * 40, file="other.pt"),)
-    report["absent"] = error_of(lambda: networks.fetch_weights("i3d"))
-print(json.dumps(report))
+PUBLISHED = WEIGHT_FILES["i3d"][0]
+FETCH = """
+from ivideogpt.metrics.networks import fetch_weights
+result = str(fetch_weights("i3d").path)
+"""
+FIND = """
+from ivideogpt.metrics.networks import find_feature_network
+network = find_feature_network("i3d")
+result = [network.label, network.num_features, list(network(torch.zeros(2, 4, 3, 8, 8)).shape)]
+"""
+EXPECT = """
+import dataclasses
+from ivideogpt.metrics.networks import WEIGHT_FILES
+WEIGHT_FILES["i3d"] = (dataclasses.replace(WEIGHT_FILES["i3d"][0], **changes),)
 """
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    home = tmp_path_factory.mktemp("home")
-    server = Path(__file__).parents[1] / "zoo"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "IVIDEOGPT_"))}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2] / "src")
-    finished = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(server), str(home)], capture_output=True, text=True, env=environment,
-        timeout=200,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return json.loads(finished.stdout.splitlines()[-1])
+def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A network with the call convention of the published one."""
+    path = tmp_path_factory.mktemp("network") / "network.pt"
+    with warnings.catch_warnings():  # TorchScript is deprecated
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(RandomFeatures(400, seed=1)), str(path))
+    return path.read_bytes()
 
 
-def test_what_was_fetched_is_found_again_without_the_hub(report: dict[str, Any]) -> None:
-    assert report["fetched"].endswith("i3d_torchscript.pt")
-    assert report["asked again"] == 0
-    assert (report["label"], report["features"], report["shape"]) == ("FVD", 400, [2, 400])
+@pytest.fixture(scope="module")
+def hub(content: bytes) -> Iterator[tuple[Hub, str]]:
+    """A Hub with that network under the published name, and the revision."""
+    assert PUBLISHED.repo_id is not None
+    with serve() as running:
+        (revision,) = running.add(PUBLISHED.repo_id, {PUBLISHED.file: content}).commits
+        yield running, revision
 
 
-def test_another_file_under_the_published_name_is_refused(report: dict[str, Any]) -> None:
-    for kind, text in (report["wrong"], report["still wrong"]):
+@pytest.fixture
+def client(hub: tuple[Hub, str], tmp_path: Path) -> Iterator[HubClient]:
+    home = tmp_path / "home"
+    started = HubClient(hub[0].endpoint, home, TORCH_HOME=str(home), IVIDEOGPT_NETWORKS="")
+    yield started
+    started.close()
+
+
+def failure(client: HubClient, code: str) -> tuple[str, str]:
+    with pytest.raises(ClientError) as caught:
+        client.run(code)
+    return caught.value.kind, str(caught.value)
+
+
+def test_what_was_fetched_is_found_again_without_the_hub(
+    hub: tuple[Hub, str], client: HubClient, content: bytes
+) -> None:
+    changes: dict[str, Any] = {"revision": hub[1], "sha256": hashlib.sha256(content).hexdigest()}
+    client.run(EXPECT, changes=changes)
+    assert client.run(FETCH).endswith("i3d_torchscript.pt")
+    asked = len(hub[0].requests)
+    assert client.run(FIND) == ["FVD", 400, [2, 400]]
+    assert len(hub[0].requests) == asked > 0
+
+
+def test_another_file_under_the_published_name_is_refused(
+    hub: tuple[Hub, str], client: HubClient, content: bytes
+) -> None:
+    client.run(EXPECT, changes={"revision": hub[1]})
+    for code in (FETCH, FIND):
+        kind, text = failure(client, code)
         assert kind == "ValueError"
-        assert f"its SHA-256 is {report['sha256']}, expected bec6519f" in text
+        assert f"its SHA-256 is {hashlib.sha256(content).hexdigest()}, expected bec6519f" in text
 
 
-def test_what_is_not_there_is_one_error_that_says_how_to_get_it(report: dict[str, Any]) -> None:
-    kind, text = report["absent"]
+def test_what_is_not_there_is_one_error_that_says_how_to_get_it(hub: tuple[Hub, str], client: HubClient) -> None:
+    client.run(EXPECT, changes={"revision": "0" * 40, "file": "other.pt"})
+    kind, text = failure(client, FETCH)
     assert kind == "OSError"
     assert "FVD needs the weights other.pt" in text and "cannot be fetched now" in text

@@ -187,3 +187,17 @@ def test_videos_of_a_random_network_are_never_called_fvd() -> None:
     metric.update(real.float() / 255, real=False)
     assert float(metric.compute()) == pytest.approx(0, abs=1e-9)
     assert metric.label == "Frechet distance of random features, not FVD"
+
+
+def test_a_bootstrap_of_videos_has_no_interval_of_the_distance() -> None:
+    """Why an evaluation gives none: a third of the videos is never drawn, and fewer videos are further apart."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, -1, 40, dtype=torch.float64)
+    real, noise = (torch.randn(60, 40, generator=generator, dtype=torch.float64) * scales for _ in range(2))
+    predicted = 1.1 * (0.8 * real + 0.6 * noise) + 0.02
+
+    def distance(rows: Tensor) -> float:
+        return frechet_distance(*moments(real[rows]), *moments(predicted[rows]))
+
+    drawn = [distance(torch.randint(60, (60,), generator=generator)) for _ in range(40)]
+    assert min(drawn) > 1.1 * distance(torch.arange(60))

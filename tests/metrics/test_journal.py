@@ -20,7 +20,7 @@ from torch import Tensor
 import ivideogpt
 from ivideogpt import cli
 from ivideogpt.metrics.evaluation import evaluate
-from ivideogpt.metrics.journal import Journal
+from ivideogpt.metrics.journal import Journal, only_evaluation
 from ivideogpt.metrics.judges import Judges
 from ivideogpt.metrics.networks import random_network
 from ivideogpt.metrics.protocols import EvaluationProtocol
@@ -127,6 +127,43 @@ def test_an_evaluation_that_fails_at_any_video_goes_on(tmp_path: Path) -> None:
     assert not journal.exists()
 
 
+def test_a_first_batch_that_fails_leaves_no_journal(tmp_path: Path) -> None:
+    class Failing(Integrator):
+        def rollout(self, context_frames: Tensor, actions: Tensor | None = None, **settings: Any) -> Any:
+            if len(self.calls) == (2 if actions is not None else 0):  # each group has one call with other actions
+                raise ValueError("no more")
+            return super().rollout(context_frames, actions, **settings)
+
+    clips, journal = MemoryClips(["push"] * 4), tmp_path / "results.json.journal"
+    protocol = EvaluationProtocol(horizon=3, runs=1).settled(Integrator().config)
+    judges = Judges({"psnr": psnr, "mse": mse})
+    broken = Failing()
+    broken.calls = [{}, {}]
+    for seed in (0, 1):  # a journal that was left would be of another evaluation
+        with pytest.raises(ValueError, match="no more"):
+            evaluate(broken, clips, protocol, judges=judges, journal=journal, seed=seed)
+        assert not journal.exists()
+    with pytest.raises(ValueError, match="no more"):  # what is finished stays
+        evaluate(Failing(), clips, protocol, judges=judges, journal=journal, batch_size=1)
+    assert len(Journal(journal, json.loads((journal / "header.json").read_text())).records) == 1
+
+
+def test_two_evaluations_do_not_write_to_one_place(tmp_path: Path) -> None:
+    journal = tmp_path / "results.json.journal"
+    with only_evaluation(journal):
+        with pytest.raises(ValueError, match="another evaluation writes to .*journal: wait for it, or give an"):  # noqa: SIM117
+            with only_evaluation(journal):
+                pass
+        with only_evaluation(tmp_path / "other.json.journal"):
+            pass
+        assert os.listdir(tmp_path) == ["results.json.journal.lock"]
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(KeyError), only_evaluation(journal):
+        raise KeyError
+    with only_evaluation(journal):
+        pass
+
+
 def command(out: Path, model: Path, *extra: str) -> list[str]:
     words = ["evaluate", "--model", str(model), "--data", "embedded:heldout", "--out", str(out), "--horizon", "4"]
     words += ["--runs", "2", "--num-samples", "3", "--batch-size", "4", "--videos", "10", "--fvd-weights", "random"]
@@ -163,6 +200,8 @@ def test_a_killed_evaluation_ends_with_the_same_numbers(
     while sum(path.read_bytes().count(b"\n") for path in journal.glob("part-*.jsonl")) < 7:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
+    assert cli.main(command(out, model, "--restart")) == 2
+    assert "another evaluation writes to" in capsys.readouterr().err
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not out.exists()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ivideogpt.data import ShardSet
 from ivideogpt.metrics import best_of, mse, psnr, ssim
-from ivideogpt.metrics.video import frame_metrics
+from ivideogpt.metrics import video as video_module
+from ivideogpt.metrics.video import frame_metrics, windowed_ssim
 
 
 def videos(seed: int = 0, size: int = 24) -> tuple[Tensor, Tensor]:
@@ -98,6 +99,33 @@ def test_psnr_and_ssim_are_piqas(size: int) -> None:
     their_psnr = piqa.psnr.psnr(a, b, epsilon=0.0).unflatten(0, (2, 3))
     torch.testing.assert_close(psnr(prediction, truth), their_psnr, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(mse(prediction, truth), piqa.psnr.mse(a, b).unflatten(0, (2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("options", "theirs"),
+    [
+        ({"border": 5}, {"sigma": 1.5}),
+        ({}, {"sigma": 1.5}),
+        ({"data_range": 2.0}, {"sigma": 1.5, "data_range": 2.0}),
+        ({"gaussian": False, "window": 7, "border": 3}, {"gaussian_kernel": False, "kernel_size": 7}),
+    ],
+)
+def test_windows_of_any_kind_are_torchmetrics(
+    options: dict[str, Any], theirs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    monkeypatch.setattr(video_module, "SSIM_PIXELS", 4 * 24 * 16)  # in several parts, the last a smaller one
+    prediction, truth = (video[..., :16].double() for video in videos(seed=5))
+    _, full = structural_similarity_index_measure(
+        prediction.flatten(0, 1), truth.flatten(0, 1), reduction="none", return_full_image=True,
+        **{"data_range": 1.0, **theirs},
+    )  # fmt: skip
+    assert isinstance(full, Tensor)
+    border = options.get("border", 0)
+    inside = full[..., border : full.shape[-2] - border, border : full.shape[-1] - border]
+    expected = inside.mean(dim=(1, 2, 3)).unflatten(0, (2, 3))
+    torch.testing.assert_close(windowed_ssim(prediction, truth, **options), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_known_values() -> None:

@@ -71,6 +71,11 @@ def test_actions_for_an_action_free_model(tiny_world_model: Build) -> None:
         tiny_world_model().rollout(clip(), some_actions(), horizon=2)
 
 
+def test_unknown_frame_precision(tiny_world_model: Build) -> None:
+    with pytest.raises(ValueError, match="frame_precision must be float32, bfloat16 or None, got 'int8'"):
+        tiny_world_model().rollout(clip(), horizon=2, frame_precision="int8")
+
+
 def test_generator_on_another_device(tiny_world_model: Build) -> None:
     class Elsewhere:
         device = torch.device("cuda")

@@ -114,6 +114,22 @@ def test_same_seed_same_video(tiny_world_model: Build) -> None:
     assert not torch.equal(first.tokens, model.rollout(clip(), some_actions(), generator=seeded(5)).tokens)
 
 
+def test_frames_are_decoded_in_what_is_asked_for(tiny_world_model: Build) -> None:
+    model = tiny_world_model()
+    usual, full, half = (
+        model.rollout(clip(), horizon=3, temperature=0, frame_precision=name) for name in (None, "float32", "bfloat16")
+    )
+    assert torch.equal(usual.video, full.video) and usual.video.dtype == half.video.dtype == torch.float32
+    assert torch.equal(usual.tokens, half.tokens)
+    assert 1e-4 < float((full.video - half.video).abs().max()) < 0.1
+    # frames stay exact where the transformer is not
+    rough = model.rollout(clip(), horizon=3, temperature=0, precision="bfloat16", frame_precision="float32")
+    same = (rough.tokens == full.tokens).all(1)
+    torch.testing.assert_close(rough.video[same], full.video[same], atol=1e-5, rtol=0)
+    context = model.tokenizer.context_length
+    torch.testing.assert_close(rough.video[:, :context], full.video[:, :context], atol=1e-5, rtol=0)
+
+
 def test_global_seed_governs_without_a_generator(tiny_world_model: Build) -> None:
     model, outs = tiny_world_model(), []
     for _ in range(2):

@@ -131,6 +131,17 @@ def test_one_stream_a_row() -> None:
         copy_generator([seeded(1), seeded(2)], CPU, 3)
 
 
+def test_a_generator_on_the_cpu_serves_any_device() -> None:
+    elsewhere = torch.device("meta")
+    for given in (seeded(1), [seeded(1), seeded(2)]):
+        copied = copy_generator(given, elsewhere, 2)
+        assert draw_uniforms(copied, 2, 5, elsewhere).device == elsewhere
+        states = generator_states(copied)  # five numbers further, in the CPU's own way
+        alone = copy_generator(given, CPU, 2)
+        draw_uniforms(alone, 2, 5, CPU)
+        assert all(torch.equal(*pair) for pair in zip(states, generator_states(alone), strict=True))
+
+
 def frames_of(world_model: Any, transformer: Any, **settings: Any) -> Tensor:
     """Sampled ids (R, F, n + 1) of a rollout of 20 frames by another transformer."""
     layout = world_model.layout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ivideogpt.world_model import WorldModel
 from tests.zoo.conftest import files_of
 from tests.zoo.hub_client import ClientError, HubClient
 from tests.zoo.hub_server import Hub
@@ -126,3 +128,29 @@ def test_hostile_adapters_are_refused_before_their_tensors_are_fetched(
     hub.add("other/looped", edited(good, "ivideogpt.json", adapter_base={"model": "other/looped", **reference}))
     with pytest.raises(ClientError, match="is an adapter, and so cannot be the base of another one"):
         client.run("ivideogpt.from_pretrained(name)", name="other/looped")
+
+
+def test_an_adapter_of_another_shape_costs_no_download_of_its_base(
+    hub: Hub,
+    client: HubClient,
+    new_client: Callable[..., HubClient],
+    base: dict[str, bytes],
+    tiny_config: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    client.run(MAKE, base="someone/base", folder=tmp_path / "adapter")
+    good = files_of(tmp_path / "adapter")
+    config = tiny_config(3)
+    deeper = dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, num_layers=3))
+    files = files_of(WorldModel(deeper).save_pretrained(tmp_path / "deeper"))
+    hub.add("someone/deeper", files)
+    named = {"model": "someone/deeper", "sha256": json.loads(good["ivideogpt.json"])["adapter_base"]["sha256"]}
+    hub.add("other/misfit", edited(good, "ivideogpt.json", adapter_base=named))
+    hub.sent.clear()
+    with pytest.raises(ClientError, match=r"adapter_config.json .*layers.2") as caught:
+        new_client().run("ivideogpt.from_pretrained('other/misfit')")
+    assert "ValueError" in caught.value.kinds and "Looked for" not in str(caught.value)
+    fetched = [hub.sent[name] for name in files if name.endswith("safetensors")]
+    weights = [len(data) for name, data in files.items() if name.endswith("safetensors")]
+    assert len(fetched) == len(weights) == 2
+    assert 0 < sum(fetched) < 0.2 * sum(weights)

@@ -85,6 +85,20 @@ def run(args: argparse.Namespace) -> None:
         path = getattr(args, option)
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"--{option} {path}: there is no folder {Path(path).parent}")
+    from ivideogpt.metrics.journal import only_evaluation
+
+    if args.out is not None and not int(os.environ.get("RANK", "0")):
+        with only_evaluation(_journal(args.out)):
+            _evaluate(args)
+    else:
+        _evaluate(args)
+
+
+def _journal(out: str) -> Path:
+    return Path(f"{out}.journal")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.markup import escape
 
@@ -117,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
             clips = clips.at_most(args.limit)
         settled = clips.protocol
         judges = judges_for(settled, args.lpips_weights, args.fvd_weights, wm.device)
-        journal = None if args.out is None else Path(f"{args.out}.journal")
+        journal = None if args.out is None else _journal(args.out)
         if rank == 0:
             console.print(protocol_table(settled), "")
             for metric, reason in judges.missing.items():

@@ -12,6 +12,7 @@ tensors are compared with the base before they are read. peft is not needed to l
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,11 +135,15 @@ def load_adapted(folder: Path, device: torch.device, dtype: torch.dtype | None, 
     adapter = Adapter(config, {}, {}, extras, _text(folder / RECIPE))
 
     base = adapter.base
-    base_folder = find_base(folder, base)
+
+    def fits(transformer: Transformer) -> None:
+        check_header(header, _expected(transformer, config), folder / ADAPTER_CONFIG)
+
+    base_folder = find_base(folder, base, fits)
     narrow = dtype in (torch.bfloat16, torch.float16)  # the sum is rounded once, not each of its terms
     parts = checkpoint.load_parts(base_folder, device, None if narrow else dtype)
     transformer = parts.transformer
-    check_header(header, _expected(transformer, config), folder / ADAPTER_CONFIG)
+    fits(transformer)
     action_dim = transformer.config.action_dim
     if layers is not None:
         expected = _expected_layers(layers, transformer.config.embed_dim)
@@ -199,8 +204,8 @@ def check_reachable(base: dict[str, Any] | None) -> None:
         )
 
 
-def find_base(folder: Path, base: dict[str, Any]) -> Path:
-    """Folder of the base that the adapter in ``folder`` names; fetched where needed.
+def find_base(folder: Path, base: dict[str, Any], fits: Callable[[Transformer], None] | None = None) -> Path:
+    """Folder of the base that the adapter in ``folder`` names; fetched where needed, if its transformer ``fits``.
 
     Raises:
         ValueError: if it is not there, or an adapter itself.
@@ -214,7 +219,7 @@ def find_base(folder: Path, base: dict[str, Any]) -> Path:
                 f"{folder} is an adapter of the model in {found}, and there is no such folder; put it there"
             )
     else:
-        found = Path(resolve(base["model"], base.get("revision")))
+        found = Path(resolve(base["model"], base.get("revision"), fits))
     if is_adapter(found):
         raise ValueError(
             f"{found} is an adapter, and so cannot be the base of another one; merge it first: "

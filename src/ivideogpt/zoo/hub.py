@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+from ivideogpt.models.transformer import Transformer
 from ivideogpt.zoo.checkpoint import FILES
 from ivideogpt.zoo.folder import replacing_files
 from ivideogpt.zoo.registry import find_entry, nearest_names
@@ -19,13 +21,16 @@ class ModelNotFoundError(OSError, ValueError):
     """A name stands for no world model that can be reached."""
 
 
-def resolve(name: str | os.PathLike[str], revision: str | None = None) -> Path:
+def resolve(
+    name: str | os.PathLike[str], revision: str | None = None, fits: Callable[[Transformer], None] | None = None
+) -> Path:
     """Folder of the world model that ``name`` stands for; downloaded from the Hub where needed.
 
     Args:
         name: a zoo name or alias (see :mod:`ivideogpt.zoo.registry`), a folder, or else a Hub id, tried in this order.
             A path object, or a string that starts with ``.``, ``~`` or ``/``, is always a folder.
         revision: branch, tag or commit of the Hub repository.
+        fits: raises ValueError where a transformer is not the one that is needed; asked before weights are fetched.
 
     Raises:
         ModelNotFoundError: with what was looked for, where, and how to give a folder instead.
@@ -47,7 +52,7 @@ def resolve(name: str | os.PathLike[str], revision: str | None = None) -> Path:
         if not entry.folder.is_dir():
             raise ModelNotFoundError(f"{text!r} should be inside this package, but there is no {entry.folder}")
         return entry.folder
-    return _download(text, entry.hub_id if entry is not None and entry.hub_id else text, revision)
+    return _download(text, entry.hub_id if entry is not None and entry.hub_id else text, revision, fits)
 
 
 def copy_to(folder: Path, out: Path) -> Path:
@@ -73,12 +78,12 @@ def copy_to(folder: Path, out: Path) -> Path:
     return out
 
 
-def _download(name: str, repo_id: str, revision: str | None) -> Path:
+def _download(name: str, repo_id: str, revision: str | None, fits: Callable[[Transformer], None] | None = None) -> Path:
     """Snapshot folder of ``repo_id``."""
     from ivideogpt.zoo.remote import IncompleteRepositoryError, RefusedRepositoryError, fetch
 
     try:
-        return fetch(repo_id, revision)
+        return fetch(repo_id, revision, fits)
     except IncompleteRepositoryError as error:
         raise ModelNotFoundError(str(error)) from error
     except RefusedRepositoryError:

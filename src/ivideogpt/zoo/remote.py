@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from ivideogpt.models.transformer import Transformer
 from ivideogpt.zoo.action_spaces import ACTION_SPACES
 from ivideogpt.zoo.adapter import check_reachable, is_adapter, read_config
 from ivideogpt.zoo.card import CARD, check_card
@@ -49,13 +50,19 @@ class IncompleteRepositoryError(RefusedRepositoryError):
     """A Hub repository lacks files of a world model."""
 
 
-def fetch(repo_id: str, revision: str | None = None) -> Path:
+def fetch(repo_id: str, revision: str | None = None, fits: Callable[[Transformer], None] | None = None) -> Path:
     """Snapshot folder of the world model ``repo_id``; only files of a checkpoint are fetched, never code or a pickle.
 
     What was fetched before is found without a network.
 
+    Args:
+        repo_id: of the repository.
+        revision: branch, tag or commit.
+        fits: raises ValueError where the model's transformer, which has no weights yet, is not the one that is needed.
+
     Raises:
-        RefusedRepositoryError: if it is no world model, or the disk has no room for it, naming what is wrong.
+        RefusedRepositoryError: if it is no world model, does not fit, or the disk has no room for it, naming what is
+            wrong.
         Exception: huggingface_hub's own, where the Hub does not give it.
     """
     from huggingface_hub import snapshot_download
@@ -89,7 +96,12 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     folder = _fetch_small(repo_id, revision, small, sizes, snapshot)
     if not all((folder / file).is_file() for file in WEIGHTS):
         headers = {file: _remote_header(repo_id, file, folder.name, sizes[file], folder / file) for file in WEIGHTS}
-        _refusing(repo_id, lambda: describe(folder, headers))
+        described = _refusing(repo_id, lambda: describe(folder, headers))
+        if fits is not None:
+            try:
+                fits(described.transformer)
+            except ValueError as error:
+                raise RefusedRepositoryError(str(error)) from error
         _check_room(repo_id, sum(sizes[file] for file in WEIGHTS))
     patiently(lambda: snapshot(WEIGHTS, folder.name), tries=2)
     return folder
