@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ivideogpt.models.transformer import Transformer
 from ivideogpt.rollout.cache import KVCache, Prefix
+from ivideogpt.rollout.capture import Captured, capturing
 from ivideogpt.rollout.decoder import Sampled
 from ivideogpt.rollout.fused import TorchDecoder
 from ivideogpt.rollout.sampling import Sampling, sample_token
@@ -34,9 +35,6 @@ FRAMES = 20
 
 WARM_UP_RUNS = 2
 """Runs in front of a capture, which let libraries allocate what they do not allocate again."""
-
-capturing = threading.Lock()
-"""Held while a graph is captured: two captures at once would see each other's work."""
 
 
 class GraphBranch:
@@ -157,6 +155,15 @@ class GraphDecoder(TorchDecoder):
         self._workspaces: list[Workspace] = []
         self._lock = threading.Lock()
         self._captures = self.device.type == "cuda"
+        self._prefill = Captured(self._keys_values, "the context")
+
+    def prefill(self, tokens: Tensor) -> Prefix:
+        """The prefix of ``tokens`` (B, P), by a graph if they are few."""
+        return Prefix(*self._prefill(tokens))
+
+    def _keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        prefix = super().prefill(tokens)
+        return prefix.keys, prefix.values
 
     def branch(self, prefix: Prefix, samples: int, capacity: int) -> GraphBranch:  # type: ignore[override]
         """An empty branch of B * ``samples`` rows with room for ``capacity`` own positions."""

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from ivideogpt.models.conditional import KeysValues
 from ivideogpt.models.tokenizer import CompressiveTokenizer, entries_to_grid, patches_to_grid
+from ivideogpt.rollout.capture import GRAPHS, Captured, capturing
 from ivideogpt.rollout.cpu import why_unavailable, winograd
 from ivideogpt.rollout.cpu.encoder import tiled_encoder_for
+from ivideogpt.rollout.encoder import graph_encoder_for
 from ivideogpt.rollout.gpu import no_kernels
 from ivideogpt.rollout.memory import SHARE, free_memory, is_out_of_memory
 from ivideogpt.rollout.weights import weights_key
@@ -36,9 +38,6 @@ DECODE_PIXELS = 2**18
 
 LIVE_MAPS = 6
 """Feature maps of the last level's size that are in memory at once; an upper estimate."""
-
-GRAPHS = 8
-"""CUDA graphs, each of one shape of a batch, that a decoder keeps; further shapes run op by op."""
 
 Result = TypeVar("Result")
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -157,6 +156,7 @@ class PixelDecoder:
 
                 use_kernels(self._context)
                 use_kernels(self._future)
+        self._captured_features = Captured(self._flat_features, "the context's features")
         self._run: Callable[[Tensor, tuple[KeysValues, ...]], Tensor] = self._decode
         if compile:
             self._run = torch.compile(self._decode, dynamic=False)
@@ -174,7 +174,7 @@ class PixelDecoder:
         assert context_indices.shape[1] == length, (context_indices.shape, length)
 
         def run(at_once: int) -> ContextFeatures:
-            parts = [self._features(part) for part in context_indices.split(max(1, at_once // length))]
+            parts = [self._nested_features(part) for part in context_indices.split(max(1, at_once // length))]
             levels = zip(*(keys_values for keys_values, _ in parts), strict=True)
             keys_values = [tuple(torch.cat(tensors) for tensors in zip(*level, strict=True)) for level in levels]
             return ContextFeatures(tuple((k, v) for k, v in keys_values), self, torch.cat([last for _, last in parts]))
@@ -230,6 +230,17 @@ class PixelDecoder:
                 features.append(x)
         return [(k.contiguous(), v.contiguous()) for k, v in self._future.keys_values(features)], x
 
+    def _nested_features(self, context_indices: Tensor) -> tuple[list[KeysValues], Tensor]:
+        """What :meth:`_features` gives, by a graph if the clips are few."""
+        if self._graphs is None:
+            return self._features(context_indices)
+        *flat, last = self._captured_features(context_indices)
+        return list(zip(flat[::2], flat[1::2], strict=True)), last
+
+    def _flat_features(self, context_indices: Tensor) -> list[Tensor]:
+        keys_values, last = self._features(context_indices)
+        return [*(x for pair in keys_values for x in pair), last]
+
     def _decode(self, dynamics_indices: Tensor, keys_values: tuple[KeysValues, ...]) -> Tensor:
         """Frames (B, M, C, H, W) of one batch."""
         entries = self._dynamics_codebook.embedding(dynamics_indices.flatten(0, 1))
@@ -271,8 +282,6 @@ class PixelDecoder:
 
     def _capture(self, indices: Tensor, keys_values: tuple[KeysValues, ...]) -> _Graph | None:
         """A graph of decoding such a batch, None if it cannot be captured."""
-        from ivideogpt.rollout.graphs import capturing  # a capture in one thread disturbs another's
-
         try:
             # ordinary tensors, which may be written to in and out of inference mode
             with capturing, torch.cuda.device(self.device), torch.inference_mode(False), torch.no_grad():
@@ -345,7 +354,7 @@ def encode_context(tokenizer: CompressiveTokenizer, context_frames: Tensor) -> T
     """Indices (B, t0, N) of ``context_frames`` (B, t0, C, H, W), in batches bounded in memory."""
     weight = next(tokenizer.parameters())
     at_once = max(1, DECODE_PIXELS // (tokenizer.config.resolution**2 * context_frames.shape[1]))
-    encoder = tiled_encoder_for(tokenizer)
+    encoder = tiled_encoder_for(tokenizer) or graph_encoder_for(tokenizer)
     indices = []
     for part in context_frames.split(at_once):
         part = part.to(weight.device, weight.dtype)

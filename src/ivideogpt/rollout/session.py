@@ -215,8 +215,8 @@ class Session:
         """The frames (B, t0, C, H, W) that a new context is made of."""
         segment, count = self._segments[-1], self._layout.context_length
         steps = segment.steps[-count:]
-        context = segment.features.frames[:, len(steps) :]
-        return torch.cat([context, *(self._frame(segment, step)[:, None] for step in steps)], dim=1)
+        context = [segment.features.frames[:, len(steps) :]] if len(steps) < count else []
+        return torch.cat([*context, *(self._frame(segment, step)[:, None] for step in steps)], dim=1)
 
     def fork(self) -> Session:
         """An independent session that continues from here, with its own copy of the generator.

@@ -55,6 +55,8 @@ _making = threading.Lock()
 
 def tiled_encoder_for(tokenizer: CompressiveTokenizer) -> TiledEncoder | None:
     """A :class:`TiledEncoder` of the tokenizer's weights as they are now; None where the kernels cannot run it."""
+    if tokenizer.quant_conv.weight.device.type != "cpu":
+        return None
     parts = (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize)
     kinds = {(weight.device.type, weight.dtype) for part in parts for weight in part.parameters()}
     if kinds != {("cpu", torch.float32)} or why_unavailable() is not None:

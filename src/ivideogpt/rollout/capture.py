@@ -1,0 +1,102 @@
+"""Captured: a function of tensors whose kernels are launched together, as a CUDA graph of each shape of inputs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from warnings import warn
+
+import torch
+from torch import Tensor
+
+from ivideogpt.rollout.memory import is_out_of_memory
+
+capturing = threading.Lock()
+"""Held while a graph is captured: two captures at once would see each other's work."""
+
+FEW_CLIPS = 4
+"""Clips up to which launching kernels takes longer than running them, so that a graph is worth its memory."""
+
+GRAPHS = 8
+"""Graphs, each of one shape, that a function keeps; further shapes run op by op."""
+
+
+@dataclass
+class _Graph:
+    """One captured call: inputs that are copied into, outputs that are copied out of, and its last use."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    used: torch.cuda.Event
+
+
+class Captured:
+    """``function`` as it is off a GPU; on one, the second call with a shape captures it and later ones replay that.
+
+    What it reads beside its inputs must stay where it is in memory. May be called from several threads.
+
+    Args:
+        function: of tensors, to tensors; it must not wait for the device, nor depend on values.
+        name: what a warning calls it.
+        most: largest first size of the inputs that is captured.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]], name: str, most: int = FEW_CLIPS) -> None:
+        self._function, self._name, self._most = function, name, most
+        self._lock = threading.Lock()
+        self._graphs: dict[object, _Graph | None] | None = {}
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs, in memory of their own."""
+        if inputs[0].device.type == "cuda" and len(inputs[0]) <= self._most:
+            with self._lock:
+                graph = self._graph_of(inputs)
+                if graph is not None:
+                    stream = torch.cuda.current_stream(inputs[0].device)
+                    stream.wait_event(graph.used)  # another thread may have been here on another stream
+                    for mine, given in zip(graph.inputs, inputs, strict=True):
+                        mine.copy_(given)
+                    graph.graph.replay()
+                    outputs = tuple(output.clone() for output in graph.outputs)
+                    graph.used.record(stream)
+                    return outputs
+        return tuple(self._function(*inputs))
+
+    def _graph_of(self, inputs: tuple[Tensor, ...]) -> _Graph | None:
+        if self._graphs is None:
+            return None
+        key = tuple((x.shape, x.dtype) for x in inputs)
+        if key not in self._graphs:
+            if len(self._graphs) < GRAPHS:
+                self._graphs[key] = None
+            return None
+        graph = self._graphs[key]
+        if graph is None:
+            graph = self._capture(inputs)
+            if graph is None:
+                self._graphs = None
+            else:
+                self._graphs[key] = graph
+        return graph
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> _Graph | None:
+        try:
+            # ordinary tensors, which may be written to in and out of inference mode
+            with capturing, torch.cuda.device(inputs[0].device), torch.inference_mode(False), torch.no_grad():
+                inputs = tuple(given.clone() for given in inputs)
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    self._function(*inputs)
+                torch.cuda.current_stream().wait_stream(side)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    outputs = tuple(self._function(*inputs))
+                return _Graph(graph, inputs, outputs, torch.cuda.Event())
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            warn(f"the CUDA graph of {self._name} could not be captured, it runs op by op: {error}", stacklevel=3)
+            return None
