@@ -26,15 +26,13 @@ if not __package__:  # run as a file: the folder above holds the package `benchm
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from benchmarks.baselines import Baseline, HfCached, Original, check_same_work
+from benchmarks.baselines import HfCached, Original, check_same_work
 from benchmarks.rollout_cases import TARGETS, Case, build_model, bytes_per_frame, cases_of
 from benchmarks.rollout_sides import Ours, Run, Side, prepare, supports
 from ivideogpt import WorldModel
 
 SLOW_REPEATS = 2
 """Runs of a side that takes longer than ``--slow-seconds`` (the JSON has the count of each side)."""
-WARM_UP_FRAMES = 2
-"""Frames of a baseline's warm-up: nothing in it depends on how many follow."""
 VERSION = 1
 IDS_ONLY = ", dynamics ids only"
 """Behind the name of a side that draws among the dynamics ids; targets are not about it."""
@@ -53,23 +51,16 @@ def measure_case(
         print(f"{case.name}: {name}, warm-up", flush=True)
         try:
             warm_up, run = prepare(case, side, repeats)
-            short = replace(case, frames=min(case.frames, WARM_UP_FRAMES), baseline_frames=0)
             if isinstance(side, Ours):
-                prepare(short, side, 1)[0]()
-            elif case.kind in ("clip", "mbrl") and device.type == "cuda":
-                warm_up = prepare(short, side, repeats)[0]
+                prepare(replace(case, frames=min(case.frames, 2), baseline_frames=0), side, 1)[0]()
             with common.peak_memory(device) as memory:
                 first = warm_up()
-            if isinstance(side, Baseline) and warm_up is not run and case.kind in ("clip", "mbrl"):
-                memory["growth"] = None  # of fewer frames than are timed
         except Exception as error:
             traceback.print_exc()
             results[name] = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
             continue
         runs[name] = run
-        shortened = warm_up is not run and case.kind in ("clip", "mbrl")
-        whole = sum(first) * (case.frames / short.frames if shortened else 1)
-        slow = whole > slow_seconds and case.kind != "interactive"
+        slow = sum(first) > slow_seconds and case.kind != "interactive"
         counts[name] = min(repeats, SLOW_REPEATS) if slow else repeats
         results[name] = {"status": "done", "warm_up_seconds": first, "memory_growth_bytes": memory["growth"]}
     gc.collect()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,9 @@ def imagining(device: torch.device, *modules: nn.Module | None) -> Iterator[None
                 _in_use[child] = _in_use.get(child, 0) + 1
                 mine.append(child)
     try:
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        # kernels of our own are launched on the current device
+        here: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with here, torch.inference_mode(), torch.autocast(device.type, enabled=False):
             yield
     finally:
         with _modes:

@@ -17,7 +17,8 @@ from ivideogpt.rollout.gpu.launch import gdc_launch_dependents, gdc_wait
 @triton.jit
 def _store_part(outputs, lse, part, output, peak, total, dims, DIM: tl.constexpr):
     """Output and log-sum-exp of one part; nothing (0 and -inf) if it has no position."""
-    tl.store(outputs + part * DIM + dims, output / tl.maximum(total, 1e-37))
+    total = tl.maximum(total, 1e-37)
+    tl.store(outputs + part * DIM + dims, output / total)
     tl.store(lse + part, peak + tl.log(total))
 
 
