@@ -198,38 +198,37 @@ def judge(case: str, result: dict[str, Any], device: str) -> list[dict[str, Any]
     return judged
 
 
-def markdown(result: dict[str, Any]) -> list[str]:
-    """Rows of a case as ``README.md`` has them: time, rate, share of the matrix rate, memory, and both ratios."""
+def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Of each side of a case: its name, time, rates, share of the arithmetic, memory, and both ratios if it has any."""
     rows = []
     for name, side in result["sides"].items():
-        ratio = result["ratios"][name]
-        rate = side.get("tokens_per_second") or side.get("frames_per_second")
+        ratio = result["ratios"].get(name, {})
+        seconds, rate = side["stats"]["median"], side.get("tokens_per_second") or side.get("frames_per_second")
         share = side["mfu"] if side["mfu"] is not None else side["share_of_matrix_rate"]
-        cells = (
-            name, f"{side['stats']['median']:.2f} s", f"{side['updates_per_second']:.2f}", f"{rate:.3g}",
-            f"{100 * share:.0f} %", f"{side['peak_bytes'] / 2**30:.2f} GiB", f"{ratio['speed']:.2f}x",
-            f"{ratio['memory']:.2f}x",
-        )  # fmt: skip
-        rows.append(f"| {' | '.join(cells)} |")
+        rows.append((
+            name,
+            f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms",
+            f"{side['updates_per_second']:.2f}",
+            f"{rate:.3g}" if rate < 1000 else f"{rate:.0f}",
+            f"{100 * share:.0f} %",
+            "-" if side["peak_bytes"] is None else f"{side['peak_bytes'] / 2**30:.2f} GiB",
+            f"{ratio['speed']:.2f}x" if ratio else "",
+            f"{ratio['memory']:.2f}x" if ratio.get("memory") else "",
+        ))  # fmt: skip
     return rows
+
+
+def markdown(result: dict[str, Any]) -> list[str]:
+    """Rows of a case as ``README.md`` has them."""
+    return [f"| {' | '.join(cells)} |" for cells in rows_of(result)]
 
 
 def print_case(result: dict[str, Any]) -> None:
     """The table of a case."""
-    rows = []
-    for name, side in result["sides"].items():
-        ratio = result["ratios"].get(name, {})
-        rate = side.get("tokens_per_second") or side.get("frames_per_second")
-        share = side["mfu"] if side["mfu"] is not None else side["share_of_matrix_rate"]
-        memory = "-" if side["peak_bytes"] is None else f"{side['peak_bytes'] / 2**30:.2f} GiB"
-        rows.append(
-            (name, f"{side['stats']['median'] * 1e3:.0f} ms", f"{side['updates_per_second']:.2f}", f"{rate:.0f}",
-             f"{100 * share:.0f} %", memory, f"{ratio['speed']:.2f}x" if ratio else "",
-             f"{ratio['memory']:.2f}x" if ratio.get("memory") else "")
-        )  # fmt: skip
     settings = result["settings"]
     unit = "tokens/s" if settings["sequence_length"] else "frames/s"
-    columns = ("side", "an update", "updates/s", unit, "MFU", "peak memory", "speed", "memory")
+    share = "MFU" if result["machine"]["device"] == "cuda" else "of the rate"
+    columns = ("side", "an update", "updates/s", unit, share, "peak memory", "speed", "memory")
     title = f"{result['case']}: {settings['batch_size']} x {settings['frames']} frames"
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in result["matrix_rates"].items())
     notes = [f"matrix products: {rates}"]
@@ -238,7 +237,7 @@ def print_case(result: dict[str, Any]) -> None:
         notes.append(
             f"{target['target']}: {target['measured']:.2f} by {target['side']!r}, {target['wanted']} is {word}"
         )
-    common.print_table(title, columns, rows, notes)
+    common.print_table(title, columns, rows_of(result), notes)
 
 
 def main(words: list[str] | None = None) -> int:

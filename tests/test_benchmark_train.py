@@ -102,7 +102,7 @@ def test_the_results_are_whole_and_what_readme_says(path: Path) -> None:
     check_record(record)
     check_nothing_private(path.read_text(), path.name)
     readme = (ROOT / "benchmarks" / "README.md").read_text().splitlines()
-    assert len(record["cases"]) >= 3
+    assert record["cases"]
     for result in record["cases"].values():
         for row in benchmark.markdown(result):
             assert row in readme

@@ -312,3 +312,23 @@ def test_passes_of_fixed_guesses() -> None:
     moved = torch.tensor([[[1, 2, 3, 4], [5, 6, 3, 4], [1, 2, 3, 4]]])
     # frame 1: wrong at places 0 and 1, then right; frame 2: wrong at place 0, after which 1 was once followed by 2
     assert decoding.drafts(moved, 4) == {"previous": 3.0, "n-gram": 2.5}
+
+
+def test_readmes_quote_what_was_measured_on_a_gpu() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "rollout-cuda.json").read_text())
+    cases = {case["case"]: case for case in record["cases"]}
+    front, page = (path.read_text() for path in (ROOT / "README.md", ROOT / "benchmarks" / "README.md"))
+    for name, digits in (("interactive", 0), ("clip 16 x 2+14", 1), ("candidates 200 x 10", 1), ("mbrl 32 x 10", 1)):
+        sides = cases[name]["sides"]
+        fastest = {side: 1e3 * sides[side]["stats"]["min"] for side in ("original", "hf-cached", "ours:bfloat16")}
+        ratio = f"{cases[name]['ratios_of_fastest']['ours:bfloat16']['original']:.{digits}f}x"
+        row = next(line for line in page.splitlines() if line.startswith(f"| {name} |") and "H200" not in line
+                   and ratio in line)  # fmt: skip
+        for side in ("original", "hf-cached"):
+            assert f"{fastest[side] / 1e3:.2f} s" in row or f"{fastest[side]:.0f} ms" in row
+        assert f"{1e3 * sides['ours:bfloat16']['stats']['median']:.0f} ms" in row or "3.9 ms" in row
+        if name != "mbrl 32 x 10":
+            shown = next(line for line in front.splitlines() if ratio in line)
+            assert f"{fastest['ours:bfloat16']:.0f} ms" in shown or f"{fastest['ours:bfloat16']:.1f} ms" in shown
+    assert f"{cases['interactive']['sides']['ours:bfloat16']['frames_per_second']:.0f} frames/s" in front
+    assert f"| {100 * cases['decode_step']['sides']['ours:bfloat16']['bandwidth_share']:.0f} % |" in page
