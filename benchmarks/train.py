@@ -77,7 +77,9 @@ def run_case(case: str, args: argparse.Namespace, device: torch.device) -> dict[
         sides = {name: sides_of.TransformerSide(wm, batch, measure) for name, measure in measures.items()}
         parameters, length = sum(p.numel() for p in wm.transformer.parameters()), batch["tokens"].shape[1]
     if args.sides:
-        sides = {name: side for name, side in sides.items() if name in args.sides}
+        known, sides = list(sides), {name: side for name, side in sides.items() if name in args.sides}
+        if not sides:
+            raise SystemExit(f"{case} has no side {' or '.join(map(repr, args.sides))}: it has {', '.join(known)}")
     rates = {
         dtype: common.measure_matrix_rate(device, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")
     }  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ivideogpt
 from ivideogpt import cli
-from ivideogpt.metrics.evaluation import evaluate
+from ivideogpt.metrics.evaluation import evaluate, model_hash
 from ivideogpt.metrics.journal import Journal, only_evaluation
 from ivideogpt.metrics.judges import Judges
 from ivideogpt.metrics.networks import random_network
@@ -228,8 +228,6 @@ def test_two_processes_give_the_numbers_of_one(finished: tuple[Path, Path], tmp_
 
 
 def test_the_model_hash_knows_weights(tiny_world_model: Callable[..., Any]) -> None:
-    from ivideogpt.metrics.evaluation import model_hash
-
     first, again, other = (tiny_world_model(4, seed=seed) for seed in (0, 0, 1))
     assert model_hash(first) == model_hash(again) != model_hash(other)
     with torch.no_grad():

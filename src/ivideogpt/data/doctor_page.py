@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
@@ -12,6 +11,7 @@ import numpy as np
 from jinja2 import Environment
 from PIL import Image
 
+from ivideogpt.charts import data_uri
 from ivideogpt.data.doctor import LAGS, Finding, Reading, lag_curve
 from ivideogpt.data.reader import ShardSet
 from ivideogpt.drawing import png_bytes
@@ -97,7 +97,7 @@ def _strip(frames: np.ndarray) -> str:
     strip = Image.fromarray(np.concatenate(list(frames), axis=1))
     width = round(strip.width * STRIP_HEIGHT / strip.height)
     content = png_bytes(strip.resize((width, STRIP_HEIGHT), Image.Resampling.BILINEAR))
-    return "data:image/png;base64," + base64.b64encode(content).decode()
+    return data_uri(content, "image/png")
 
 
 def _histograms(readings: Sequence[Reading], shards: ShardSet, number_of: dict[str, int]) -> list[dict[str, Any]]:
