@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ivideogpt import cli
@@ -276,6 +277,20 @@ def test_doctor_examines_everything(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for subject in ("python", "torch + torchvision", "GPU", "lightning command", "Hub"):
         assert subject in printed
+
+
+@pytest.mark.parametrize(("reason", "status"), [(None, "ok"), ("no compiler", "note")])
+def test_doctor_tells_of_each_gpu_whether_kernels_run(
+    reason: str | None, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ivideogpt.commands import doctor
+    from ivideogpt.rollout import gpu
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(gpu, "no_kernels", lambda device: reason if device.index == 1 else None)
+    first, second = doctor._gpu_kernels()
+    assert (first.status, second.status) == ("ok", status)
+    assert second.subject == "GPU 1 kernels" and (reason or "compiled") in second.text
 
 
 def test_doctor_says_when_torchvision_belongs_to_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -62,6 +63,7 @@ def examine(offline: bool = False) -> Iterator[Finding]:
     yield _torchvision()
     yield _gpu()
     yield _kernel()
+    yield from _gpu_kernels()
     yield from _rendering()
     yield _lightning_script()
     yield _hub(offline)
@@ -146,6 +148,24 @@ def _kernel() -> Finding:
     if reason is None:
         return Finding(subject, "ok", "compiled: rollouts on the CPU use it")
     return Finding(subject, "note", f"none ({reason}): rollouts on the CPU are several times slower")
+
+
+def _gpu_kernels() -> Iterator[Finding]:
+    """Compiles and tries one of the kernels of rollouts on each GPU."""
+    try:
+        import torch
+
+        from ivideogpt.rollout.gpu import no_kernels
+    except ImportError:  # said already
+        return
+    for index in range(torch.cuda.device_count()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reason = no_kernels(torch.device("cuda", index))
+        if reason is None:
+            yield Finding(f"GPU {index} kernels", "ok", "compiled: rollouts there use them")
+        else:
+            yield Finding(f"GPU {index} kernels", "note", f"none ({reason}): rollouts there are several times slower")
 
 
 # Rendered in a process of its own: a GL library that does not work may end the process instead of raising.
