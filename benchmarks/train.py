@@ -202,7 +202,7 @@ def judge(case: str, result: dict[str, Any], device: str) -> list[dict[str, Any]
 
 def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """Of each side of a case: its name, time, rates, share of the arithmetic, memory, and both ratios if it has any."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, side in result["sides"].items():
         ratio = result["ratios"].get(name, {})
         seconds, rate = side["stats"]["median"], side.get("tokens_per_second") or side.get("frames_per_second")
