@@ -22,7 +22,7 @@ def _store_part(outputs, lse, part, output, peak, total, dims, DIM: tl.constexpr
     tl.store(lse + part, peak + tl.log(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset"])
 def attend_rows(
     query, prefix_keys, prefix_values, keys, values, start, outputs, lse,
     prefix_length, capacity, offset, scale, prefix_chunk, own_chunk,
@@ -34,7 +34,9 @@ def attend_rows(
 
     Parts from 0 to PREFIX_SPLITS - 1 are of the prefix, ``prefix_chunk`` positions each, the others of the own
     positions, ``own_chunk`` each. The token at ``offset`` behind ``start`` sees itself and what is in front of it. With
-    ONCE a part is one block, and all but the new positions are loaded before the kernel in front has ended.
+    ONCE a part is one block, and what was there in front of ``start``, that is before this graph, is loaded before the
+    kernel in front has ended. Later positions may still be on their way: kernels start ahead of each other, as many as
+    the device has room for, and those of a small model reach back to the token before.
     """
     if PDL == 1:
         gdc_launch_dependents()
@@ -50,12 +52,12 @@ def attend_rows(
     end = tl.minimum(begin + prefix_chunk, prefix_length)
     fresh = end
     if split >= PREFIX_SPLITS:
-        fresh = tl.load(start).to(tl.int32) + offset
+        fresh = tl.load(start).to(tl.int32)
         source_keys = keys
         source_values = values
         base = (cache_row.to(tl.int64) * KV_HEADS + kv_head) * capacity * DIM
         begin = (split - PREFIX_SPLITS) * own_chunk
-        end = tl.minimum(begin + own_chunk, fresh + row % LENGTH + 1)
+        end = tl.minimum(begin + own_chunk, fresh + offset + row % LENGTH + 1)
     part = (row * SPLITS + split) * HEADS
     if ONCE:
         positions = begin + tl.arange(0, BLOCK)

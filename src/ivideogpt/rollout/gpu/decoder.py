@@ -8,9 +8,10 @@ B clips, S rows a clip, R = B*S rows, L tokens a row, M = R L, D embed_dim, H qu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
+from warnings import warn
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from ivideogpt.rollout.fused import FusedLayer
 from ivideogpt.rollout.gpu import attention, draw, products
 from ivideogpt.rollout.gpu.launch import INTERPRETED, OVERLAPPED_LAUNCHES, power_of_two
 from ivideogpt.rollout.graphs import GraphDecoder
+from ivideogpt.rollout.memory import is_out_of_memory
 from ivideogpt.rollout.sampling import Sampling
 
 ROWS = 4
@@ -36,6 +38,9 @@ SPLIT = 64
 
 SHAPES = {"qkv": (4, 1), "out": (16, 8), "gate_up": (2, 1), "down": (2, 8), "head": (8, 2)}
 """Of each product of a few rows, outputs (or pairs of them) of a program, and its warps; the fastest on an H200."""
+
+THREAD_BYTES, MOST_WARPS = 512, 16
+"""Bytes of weights that a thread holds, half of its registers: wider models and wider numbers take more warps."""
 
 ATTEND_WARPS, MANY_ATTEND_WARPS, SAMPLE_WARPS = 2, 4, 8
 """Warps of a part of the attention of few rows and of many, and of a draw."""
@@ -74,24 +79,16 @@ class TritonDecoder(GraphDecoder):
             OVERLAPPED_LAUNCHES and not INTERPRETED and torch.cuda.get_device_capability(self.device)[0] >= 9
         )
         self._options: dict[str, Any] = {"launch_pdl": True} if self._pdl else {}
+        self._by_kernels = True
+        self._layers = [
+            replace(layer, attention_norm=layer.attention_norm.float(), mlp_norm=layer.mlp_norm.float())
+            for layer in self._layers
+        ]
+        self._norm = self._norm.float()
+        self._action = None if self._action is None else (self._action[0].float(), self._action[1].float())
         self._cos, self._sin = (table.contiguous() for table in self._rope)
         self._scale = self._dim**-0.5
         self._processors = 1 if INTERPRETED else torch.cuda.get_device_properties(self.device).multi_processor_count
-
-    def feed_at(
-        self,
-        branch: KVCache,
-        tokens: Tensor,
-        start: Tensor,
-        actions: Tensor | None = None,
-        action_at: int = -1,
-        offset: int = 0,
-    ) -> Tensor:
-        """Final normed hidden states (R, L, D) float32, at own positions from ``start`` + ``offset`` on."""
-        x = self._feed(branch, tokens, start, actions, action_at, offset)
-        hidden = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        self._add_norm(x, None, self._norm, hidden)
-        return hidden.unflatten(0, tokens.shape)
 
     def draw(
         self,
@@ -105,9 +102,12 @@ class TritonDecoder(GraphDecoder):
         outputs: list[Tensor],
     ) -> Iterator[None]:
         """As :meth:`GraphDecoder.draw`, by the kernels."""
+        if not self._by_kernels:
+            yield from super().draw(cache, lead, start, actions, action_at, uniforms, sampling, outputs)
+            return
         rows, length, count = *lead.shape, uniforms.shape[1]
         tokens = torch.empty(rows, count, dtype=torch.int64, device=lead.device)
-        x = self._feed(cache, lead, start, actions, action_at, 0)
+        x = self._feed(cache, lead, start, actions, action_at)
         hidden = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         self._add_norm(x, None, self._norm, hidden)
         outputs += [hidden.unflatten(0, lead.shape), tokens]
@@ -126,6 +126,16 @@ class TritonDecoder(GraphDecoder):
             following = scratch.x if index + 1 < count else None
             self._sample(logits, uniforms[:, index], tokens[:, index], sampling, following)
             yield
+
+    def _capture(self, draw: Callable[[], Iterator[None]], counts: list[int]) -> list[torch.cuda.CUDAGraph]:
+        try:
+            return super()._capture(draw, counts)
+        except Exception as error:  # such as a kernel that needs more shared memory than this GPU has
+            if is_out_of_memory(error) or not self._by_kernels:
+                raise
+            self._by_kernels = False
+            warn(f"frames are drawn by torch operations, as Triton's kernels failed: {error}", stacklevel=2)
+        return super()._capture(draw, counts)
 
     def _scratch(self, branch: KVCache, rows: int, length: int) -> Scratch:
         count, device = rows * length, self.device
@@ -152,16 +162,29 @@ class TritonDecoder(GraphDecoder):
         shared = queries >= SHARED_ROWS
         programs = rows * length * self._kv_heads
         most = max(1, 4 * self._processors // programs)
-        own = min(most, -(-capacity // SPLIT))
+        own_chunk = -(-capacity // min(most, -(-capacity // SPLIT)))
         if shared:
             tiles = rows // branch.samples * -(-queries // self._tile(queries)) * self._kv_heads
             most = max(1, 2 * self._processors // tiles)
-        parts = min(most, -(-prefix // SPLIT))
-        return shared, -(-prefix // parts), parts, -(-capacity // own), parts + own
+        chunk = -(-prefix // min(most, -(-prefix // SPLIT)))
+        parts = -(-prefix // chunk)  # none of which is empty
+        return shared, chunk, parts, own_chunk, parts + -(-capacity // own_chunk)
 
-    @staticmethod
-    def _tile(queries: int) -> int:
-        return 16 if queries <= 16 else 32 if queries <= 32 else 64
+    @property
+    def _wide(self) -> bool:
+        """Whether keys take so much room that consumer GPUs have shared memory for half of the usual blocks only."""
+        return self._dim * self._dtype.itemsize > 256
+
+    def _tile(self, queries: int) -> int:
+        return 16 if queries <= 16 else 32 if queries <= 32 or self._wide else 64
+
+    def _shape(self, product: str, width: int, outs_of: int = 1) -> tuple[int, int]:
+        """Outputs of a program and its warps, for inputs of ``width`` and ``outs_of`` rows of weights an output."""
+        outs, warps = SHAPES[product]
+        held = outs * outs_of * power_of_two(width) * self._dtype.itemsize
+        while warps < MOST_WARPS and held > 32 * warps * THREAD_BYTES:
+            warps *= 2
+        return outs, warps
 
     def _feed(
         self,
@@ -170,13 +193,12 @@ class TritonDecoder(GraphDecoder):
         start: Tensor,
         actions: Tensor | None,
         action_at: int,
-        offset: int,
     ) -> Tensor:
         """The residual stream (M, D) of ``tokens`` behind the last layer."""
         rows, length = tokens.shape
         scratch = self._scratch(branch, rows, length)
         self._embed_into(scratch.x, tokens, actions, action_at % length)
-        return self._layers_of(branch, scratch, start, offset, length)
+        return self._layers_of(branch, scratch, start, 0, length)
 
     def _layers_of(self, branch: KVCache, scratch: Scratch, start: Tensor, offset: int, length: int) -> Tensor:
         """Takes the residual stream in ``scratch`` through all layers."""
@@ -195,7 +217,7 @@ class TritonDecoder(GraphDecoder):
         config, count = self.config, len(s.x)
         heads, kv_heads, dim, pdl = self._heads, self._kv_heads, self._dim, self._pdl
         width, block = config.embed_dim, power_of_two(config.embed_dim)
-        half, warps = SHAPES["qkv"]
+        half, warps = self._shape("qkv", width, 2)
         products.qkv_rows[((heads + 2 * kv_heads) * dim // 2 // half,)](
             s.x, layer.attention_norm, layer.qkv, self._cos, self._sin, start, s.query, branch.keys[index],
             branch.values[index], branch.capacity, branch.prefix.length, offset, self._eps,
@@ -203,18 +225,18 @@ class TritonDecoder(GraphDecoder):
         )  # fmt: skip
         splits = self._attend(branch, index, s, start, offset, length)
         attended = heads * dim
-        outs, warps = SHAPES["out"]
+        outs, warps = self._shape("out", attended)
         products.residual_rows[(-(-width // outs),)](
             s.x, s.outputs, s.lse, layer.out,
             count, attended, width, outs, power_of_two(attended), splits, heads, dim, pdl,
             **self._options, num_warps=warps,
         )  # fmt: skip
-        outs, warps = SHAPES["gate_up"]
+        outs, warps = self._shape("gate_up", width, 2)
         products.gate_up_rows[(-(-config.mlp_dim // outs),)](
             s.x, layer.mlp_norm, layer.gate_up, s.gated, self._eps,
             count, width, config.mlp_dim, outs, block, pdl, **self._options, num_warps=warps,
         )  # fmt: skip
-        outs, warps = SHAPES["down"]
+        outs, warps = self._shape("down", config.mlp_dim)
         products.residual_rows[(-(-width // outs),)](
             s.x, s.gated, s.lse, layer.down,
             count, config.mlp_dim, width, outs, power_of_two(config.mlp_dim), 0, heads, dim, pdl,
@@ -261,7 +283,8 @@ class TritonDecoder(GraphDecoder):
             tiles = -(-queries // tile)
             attention.attend_prefix[(rows // branch.samples * tiles, kv_heads, parts)](
                 s.query, prefix.keys[index], prefix.values[index], s.outputs, s.lse, prefix.length,
-                self._scale, chunk, tiles, queries, heads, kv_heads, dim, tile, 64, splits, self._pdl, **self._options,
+                self._scale, chunk, tiles, queries, heads, kv_heads, dim, tile, 32 if self._wide else 64, splits,
+                self._pdl, **self._options,
             )  # fmt: skip
             first = parts
         longest = own_chunk if shared else max(chunk, own_chunk)
@@ -297,7 +320,7 @@ class TritonDecoder(GraphDecoder):
         width = self.config.embed_dim
         weight, bias = self._action or (self._embedding, self._embedding)
         draw.embed[(tokens.numel(),)](
-            tokens, self._embedding, tokens if actions is None else actions, weight, bias, x,
+            tokens, self._embedding, tokens if actions is None else actions.float(), weight, bias, x,
             tokens.shape[1], width, 0 if actions is None else actions.shape[1], action_at, power_of_two(width),
             self._pdl, **self._options,
         )  # fmt: skip
@@ -308,7 +331,7 @@ class TritonDecoder(GraphDecoder):
         width = self.config.embed_dim
         weight = self._head[sampling.first_id : sampling.first_id + ids]
         if rows <= ROWS:
-            outs, warps = SHAPES["head"]
+            outs, warps = self._shape("head", width)
             products.head_rows[(-(-ids // outs),)](
                 x, self._norm, weight, logits, self._eps, length - 1, length, ids, logits.stride(0),
                 rows, width, outs, power_of_two(width), self._pdl, **self._options, num_warps=warps,

@@ -42,7 +42,7 @@ def _in_order(scores):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_id"], do_not_specialize_on_alignment=["uniforms", "tokens"])
 def sample(
     logits, uniforms, tokens, embedding, x, stride, count, first_id, inverse_temperature, uniform_step, token_step,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import proxy
 
 import torch
 import torch.nn.functional as F
@@ -205,6 +206,6 @@ def use_kernels(module: nn.Module) -> None:
 
     for child in module.modules():
         if isinstance(child, ResidualBlock) and fits(child.norm1) and fits(child.norm2):
-            child.forward = partial(residual_block, child)  # type: ignore[method-assign]
+            child.forward = partial(residual_block, proxy(child))  # type: ignore[method-assign, arg-type]
         elif isinstance(child, Recomputing):
             child.run = run  # type: ignore[method-assign]

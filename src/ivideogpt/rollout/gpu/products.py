@@ -56,7 +56,7 @@ def _store_qkv(
     tl.store(target + at + DIM // 2, turned_high.to(dtype), mask=there[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset"])
 def qkv_rows(
     x, norm, weight, cosines, sines, start, query, keys, values, capacity, prefix_length, offset, eps,
     ROWS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
@@ -90,7 +90,7 @@ def qkv_rows(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset"])
 def qkv_scatter(
     qkv, cosines, sines, start, query, keys, values, capacity, prefix_length, offset, row_count,
     LENGTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr,
