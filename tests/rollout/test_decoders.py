@@ -1,7 +1,9 @@
 """Decoders in torch, op by op and in fixed buffers as a CUDA graph needs them: the module's own hidden states."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor
 
 from ivideogpt.config import TransformerConfig
 from ivideogpt.models.transformer import Transformer
+from ivideogpt.rollout import graphs
+from ivideogpt.rollout.cache import KVCache, Prefix
 from ivideogpt.rollout.fused import TorchDecoder
 from ivideogpt.rollout.graphs import GraphDecoder
 from ivideogpt.rollout.sampling import Sampling, sample_token
@@ -239,3 +243,60 @@ def test_every_golden_logit(golden: Callable[[str], Any]) -> None:
             logits.append(decoder.logits(states, Sampling()))
     expected = recorded.tensors["logits_last64"]
     torch.testing.assert_close(torch.cat(logits, dim=1)[:, -64:], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [TorchDecoder, GraphDecoder])
+def test_a_decoder_goes_with_its_last_user(kind: type[TorchDecoder]) -> None:
+    """At once, not when Python next looks for cycles: weights that change would pile up on a GPU."""
+    gc.disable()
+    try:
+        decoder = kind(build(), "float32")
+        branch = decoder.branch(decoder.prefill(ids(1, 20)), 1, 12)
+        decoder.sample(branch, ids(1, 1), None, torch.zeros(1, 2), Sampling())
+        gone = ref(decoder)
+        del decoder
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_what_waits_for_branches_counts_as_free() -> None:
+    decoder = GraphDecoder(build(), "float32")
+    prefix = decoder.prefill(ids(2, 20))
+    branch = decoder.branch(prefix, 3, 12)
+    assert decoder.idle_bytes == 0
+    own = branch.workspace.cache.keys.nbytes + branch.workspace.cache.values.nbytes
+    del branch
+    assert decoder.idle_bytes == own
+
+
+def test_workspaces_are_given_up_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = GraphDecoder(build(), "float32")
+    prefix = decoder.prefill(ids(1, 20))
+    decoder.branch(prefix, 3, 12)  # gone at once, its workspace stays
+    made: list[int] = []
+
+    class Tight(KVCache):
+        def __init__(self, prefix: Prefix, samples: int, capacity: int) -> None:
+            made.append(len(decoder._workspaces))
+            if decoder._workspaces:
+                raise torch.OutOfMemoryError("no room")
+            super().__init__(prefix, samples, capacity)
+
+    monkeypatch.setattr(graphs, "KVCache", Tight)
+    branch = decoder.branch(prefix, 4, 12)
+    assert made == [1, 0] and decoder._workspaces == [branch.workspace]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_models_on_two_gpus() -> None:
+    """Whichever is the current one, and whichever was captured on first."""
+    expected = None
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        decoder = GraphDecoder(build(device=device), "float32")
+        branch = decoder.branch(decoder.prefill(ids(1, 20).to(device)), 1, 12)
+        for seed in (1, 2, 1):  # captured, replayed
+            branch.length = 0
+            hidden = decoder.feed(branch, ids(1, 3, seed=seed).to(device)).cpu()
+        expected = hidden if expected is None else expected
+        torch.testing.assert_close(hidden, expected, atol=1e-4, rtol=1e-4)

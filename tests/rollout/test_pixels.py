@@ -1,8 +1,10 @@
 """The pixel half of a rollout gives the tokenizer's own frames, whatever is shared, tiled, split, or run at once."""
 
+import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -386,3 +388,14 @@ def test_a_capture_that_fails_is_said_once(tokenizer_of: Build, monkeypatch: Any
     with pytest.warns(UserWarning, match="could not be captured"):
         close(decoder.decode(dynamics, features), frames)
     close(decoder.decode(dynamics, features), frames)
+
+
+def test_a_decoder_goes_with_its_last_user(tokenizer_of: Build) -> None:
+    gc.disable()
+    try:
+        decoder = PixelDecoder(tokenizer_of(), torch.bfloat16)
+        gone = ref(decoder)
+        del decoder
+        assert gone() is None
+    finally:
+        gc.enable()

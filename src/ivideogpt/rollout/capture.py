@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 from warnings import warn
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -20,6 +24,19 @@ FEW_CLIPS = 4
 
 GRAPHS = 8
 """Graphs, each of one shape, that a function keeps; further shapes run op by op."""
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` the current GPU inside, where Triton's kernels, new streams and events are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """What is run inside becomes ``graph``, on the current GPU; hold :data:`capturing`."""
+    # a stream of this GPU: without one torch takes the one that it made for the first capture, maybe on another
+    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        yield
 
 
 @dataclass
@@ -38,13 +55,15 @@ class Captured:
     What it reads beside its inputs must stay where it is in memory. May be called from several threads.
 
     Args:
-        function: of tensors, to tensors; it must not wait for the device, nor depend on values.
+        function: of tensors, to tensors; it must not wait for the device, nor depend on values. A bound method does not
+            keep its object alive, which is taken to own this.
         name: what a warning calls it.
         most: largest first size of the inputs that is captured.
     """
 
     def __init__(self, function: Callable[..., Sequence[Tensor]], name: str, most: int = FEW_CLIPS) -> None:
-        self._function, self._name, self._most = function, name, most
+        self._reference = WeakMethod(function) if inspect.ismethod(function) else lambda: function
+        self._name, self._most = name, most
         self._lock = threading.Lock()
         self._graphs: dict[object, _Graph | None] | None = {}
 
@@ -63,6 +82,11 @@ class Captured:
                     graph.used.record(stream)
                     return outputs
         return tuple(self._function(*inputs))
+
+    def _function(self, *inputs: Tensor) -> Sequence[Tensor]:
+        function = self._reference()
+        assert function is not None
+        return function(*inputs)
 
     def _graph_of(self, inputs: tuple[Tensor, ...]) -> _Graph | None:
         if self._graphs is None:
@@ -84,7 +108,7 @@ class Captured:
     def _capture(self, inputs: tuple[Tensor, ...]) -> _Graph | None:
         try:
             # ordinary tensors, which may be written to in and out of inference mode
-            with capturing, torch.cuda.device(inputs[0].device), torch.inference_mode(False), torch.no_grad():
+            with capturing, on(inputs[0].device), torch.inference_mode(False), torch.no_grad():
                 inputs = tuple(given.clone() for given in inputs)
                 side = torch.cuda.Stream()
                 side.wait_stream(torch.cuda.current_stream())
@@ -92,7 +116,7 @@ class Captured:
                     self._function(*inputs)
                 torch.cuda.current_stream().wait_stream(side)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                with recording(graph):
                     outputs = tuple(self._function(*inputs))
                 return _Graph(graph, inputs, outputs, torch.cuda.Event())
         except RuntimeError as error:

@@ -48,10 +48,14 @@ class Decoder(Protocol):
     Attributes:
         precision: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"``: how the weights are stored.
         bytes_per_step: bytes of weights that one decode step reads.
+        idle_bytes: bytes that it keeps for branches to come, and gives up where these do not fit otherwise.
     """
 
     precision: str
     bytes_per_step: int
+
+    @property
+    def idle_bytes(self) -> int: ...
 
     def prefill(self, tokens: Tensor) -> Any:
         """The prefix of ``tokens`` (B, P)."""

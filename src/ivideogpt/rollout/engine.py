@@ -225,7 +225,9 @@ def rollout(
         memory = free_memory(device)
         rows = None
         if memory is not None:
-            rows = rows_that_fit(int(memory * SHARE), num_samples, row_bytes(*sizes), clip_bytes(*sizes[::2]))
+            rows = rows_that_fit(
+                int((memory + decoder.idle_bytes) * SHARE), num_samples, row_bytes(*sizes), clip_bytes(*sizes[::2])
+            )
         run_in_spans(batch, num_samples, rows, run)
         prefixes.clear()
 

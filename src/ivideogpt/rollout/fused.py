@@ -227,6 +227,11 @@ class TorchDecoder:
             tokens.append(sample_token(self.logits(state, sampling), uniforms[:, index], sampling))
         return Sampled(torch.stack(tokens, dim=1), hidden)
 
+    @property
+    def idle_bytes(self) -> int:
+        """None: it keeps nothing for branches to come."""
+        return 0
+
     def _shared(self, branch: KVCache, layer: int) -> tuple[Tensor, Tensor]:
         return branch.prefix.keys[layer], branch.prefix.values[layer]
 

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from warnings import warn
-from weakref import ReferenceType, WeakSet, ref
+from weakref import ReferenceType, WeakSet, proxy, ref
 
 import torch
 from torch import Tensor
 
 from ivideogpt.models.transformer import Transformer
 from ivideogpt.rollout.cache import KVCache, Prefix
-from ivideogpt.rollout.capture import Captured, capturing
+from ivideogpt.rollout.capture import Captured, capturing, on, recording
 from ivideogpt.rollout.decoder import Sampled
 from ivideogpt.rollout.fused import TorchDecoder
 from ivideogpt.rollout.sampling import Sampling, sample_token
@@ -51,9 +51,11 @@ class GraphBranch:
 
     def fork(self) -> GraphBranch:
         """An independent branch from here on; it waits beside the buffers until it is used."""
-        with self.workspace.lock:
+        with self.workspace.lock, on(self.workspace.start.device):
+            self.workspace.wait()
             copy = GraphBranch(self.workspace, self.length)
             copy.waiting = self.workspace.filled(self)
+            self.workspace.mark()
         return copy
 
 
@@ -100,6 +102,7 @@ class Workspace:
             self.cache.keys.zero_()  # a masked position is still multiplied: what is not finite must not stay
             self.cache.values.zero_()
             self.prefix, self.resident = ref(prefix), None
+            self.mark()
 
     def wait(self) -> None:
         """The current stream waits for what was run in these buffers, maybe on another one."""
@@ -133,6 +136,9 @@ class Workspace:
             filled = branch.waiting[0].shape[3]
             self.cache.keys[..., :filled, :] = branch.waiting[0]
             self.cache.values[..., :filled, :] = branch.waiting[1]
+            for read in branch.waiting:
+                if read.is_cuda:  # on this stream, maybe another than the one it was made on: not to be reused before
+                    read.record_stream(torch.cuda.current_stream())
             branch.waiting = None
         self.resident = ref(branch)
 
@@ -167,7 +173,7 @@ class GraphDecoder(TorchDecoder):
 
     def branch(self, prefix: Prefix, samples: int, capacity: int) -> GraphBranch:  # type: ignore[override]
         """An empty branch of B * ``samples`` rows with room for ``capacity`` own positions."""
-        with self._lock:
+        with self._lock, on(self.device):
             fitting = [
                 workspace
                 for workspace in self._workspaces
@@ -183,14 +189,35 @@ class GraphDecoder(TorchDecoder):
             return GraphBranch(workspace)
 
     def _add_workspace(self, prefix: Prefix, samples: int, capacity: int) -> Workspace:
-        idle = [workspace for workspace in self._workspaces if not workspace.branches]
-        for workspace in idle[: max(0, len(idle) - IDLE_WORKSPACES + 1)]:
-            self._workspaces.remove(workspace)
-        buffers = Prefix(torch.empty_like(prefix.keys), torch.empty_like(prefix.values))
-        start = torch.zeros((), dtype=torch.int64, device=self.device)
-        workspace = Workspace(KVCache(buffers, samples, capacity), start)
+        def make() -> Workspace:
+            buffers = Prefix(prefix.keys.new_empty(prefix.keys.shape), prefix.values.new_empty(prefix.values.shape))
+            start = torch.zeros((), dtype=torch.int64, device=self.device)
+            return Workspace(KVCache(buffers, samples, capacity), start)
+
+        self._drop_idle(IDLE_WORKSPACES - 1)
+        try:
+            workspace = make()
+        except torch.OutOfMemoryError:
+            self._drop_idle(0)
+            torch.cuda.empty_cache()
+            workspace = make()
         self._workspaces.append(workspace)
         return workspace
+
+    def _idle(self) -> list[Workspace]:
+        return [workspace for workspace in self._workspaces if not workspace.branches]
+
+    def _drop_idle(self, kept: int) -> None:
+        idle = self._idle()
+        for workspace in idle[: max(0, len(idle) - kept)]:
+            self._workspaces.remove(workspace)
+
+    @property
+    def idle_bytes(self) -> int:
+        """Bytes of buffers that wait for branches to come, and are given up where those do not fit otherwise."""
+        with self._lock:
+            caches = [workspace.cache for workspace in self._idle()]
+        return sum(x.nbytes for cache in caches for x in (cache.keys, cache.values))
 
     def feed(  # type: ignore[override]
         self, branch: GraphBranch, tokens: Tensor, actions: Tensor | None = None, action_at: int = -1
@@ -256,7 +283,7 @@ class GraphDecoder(TorchDecoder):
         workspace = branch.workspace
         grows = lead.shape[1] + max(uniforms.shape[1] - 1, 0)
         assert branch.length + grows <= branch.capacity, f"no room for {grows} positions behind {branch.length}"
-        with workspace.lock:
+        with workspace.lock, on(self.device):
             workspace.wait()
             workspace.admit(branch)
             workspace.start.fill_(branch.length)
@@ -287,13 +314,15 @@ class GraphDecoder(TorchDecoder):
         action_at: int,
     ) -> Frame:
         """Buffers for drawing in this way, and what runs on them: a captured graph on a GPU."""
-        lead, uniforms = lead.clone(), uniforms.clone()
-        actions = None if actions is None else actions.clone()
+        lead, uniforms = (x.clone(memory_format=torch.contiguous_format) for x in (lead, uniforms))
+        actions = None if actions is None else actions.clone(memory_format=torch.contiguous_format)
         outputs: list[Tensor] = []
+        decoder = proxy(self)  # which owns the workspace
 
         def draw() -> Iterator[None]:
             outputs.clear()
-            return self.draw(workspace.cache, lead, workspace.start, actions, action_at, uniforms, sampling, outputs)
+            start, cache = workspace.start, workspace.cache
+            return decoder.draw(cache, lead, start, actions, action_at, uniforms, sampling, outputs)
 
         def run_eagerly() -> None:
             for _ in draw():
@@ -317,7 +346,7 @@ class GraphDecoder(TorchDecoder):
     def _capture(self, draw: Callable[[], Iterator[None]], counts: list[int]) -> list[torch.cuda.CUDAGraph]:
         """A graph of each of the next ``counts`` pauses of what ``draw`` gives."""
         graphs: list[torch.cuda.CUDAGraph] = []
-        with capturing, torch.cuda.device(self.device):
+        with capturing, on(self.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -329,7 +358,7 @@ class GraphDecoder(TorchDecoder):
             for count in counts:
                 graph = torch.cuda.CUDAGraph()
                 pool = graphs[0].pool() if graphs else None
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                with recording(graph, pool):
                     for _ in range(count):
                         next(steps)
                 graphs.append(graph)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ivideogpt.models.conditional import KeysValues
 from ivideogpt.models.tokenizer import CompressiveTokenizer, entries_to_grid, patches_to_grid
-from ivideogpt.rollout.capture import GRAPHS, Captured, capturing
+from ivideogpt.rollout.capture import GRAPHS, Captured, capturing, on, recording
 from ivideogpt.rollout.cpu import why_unavailable, winograd
 from ivideogpt.rollout.cpu.encoder import tiled_encoder_for
 from ivideogpt.rollout.encoder import graph_encoder_for
@@ -157,9 +157,7 @@ class PixelDecoder:
                 use_kernels(self._context)
                 use_kernels(self._future)
         self._captured_features = Captured(self._flat_features, "the context's features")
-        self._run: Callable[[Tensor, tuple[KeysValues, ...]], Tensor] = self._decode
-        if compile:
-            self._run = torch.compile(self._decode, dynamic=False)
+        self._compiled = torch.compile(self._decode, dynamic=False) if compile else None
 
     def _copy(self, module: AnyModule) -> AnyModule:
         copied = copy.deepcopy(module).eval().requires_grad_(False)
@@ -241,6 +239,9 @@ class PixelDecoder:
         keys_values, last = self._features(context_indices)
         return [*(x for pair in keys_values for x in pair), last]
 
+    def _run(self, indices: Tensor, keys_values: tuple[KeysValues, ...]) -> Tensor:
+        return (self._compiled or self._decode)(indices, keys_values)
+
     def _decode(self, dynamics_indices: Tensor, keys_values: tuple[KeysValues, ...]) -> Tensor:
         """Frames (B, M, C, H, W) of one batch."""
         entries = self._dynamics_codebook.embedding(dynamics_indices.flatten(0, 1))
@@ -284,7 +285,7 @@ class PixelDecoder:
         """A graph of decoding such a batch, None if it cannot be captured."""
         try:
             # ordinary tensors, which may be written to in and out of inference mode
-            with capturing, torch.cuda.device(self.device), torch.inference_mode(False), torch.no_grad():
+            with capturing, on(self.device), torch.inference_mode(False), torch.no_grad():
                 indices = indices.clone()
                 keys_values = tuple((k.clone(), v.clone()) for k, v in keys_values)
                 side = torch.cuda.Stream()
@@ -293,7 +294,7 @@ class PixelDecoder:
                     self._run(indices, keys_values)
                 torch.cuda.current_stream().wait_stream(side)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                with recording(graph):
                     frames = self._run(indices, keys_values)
                 return _Graph(graph, indices, keys_values, frames, torch.cuda.Event())
         except RuntimeError as error:
@@ -314,7 +315,7 @@ class PixelDecoder:
         first = at_once
         while True:
             try:
-                with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                with on(self.device), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                     return run(at_once)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or at_once == 1:

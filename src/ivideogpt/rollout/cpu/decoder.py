@@ -125,7 +125,10 @@ class KernelDecoder:
     Attributes:
         precision: as given.
         bytes_per_step: bytes of weights that one decode step reads, the head over the whole vocabulary included.
+        idle_bytes: none: it keeps nothing for branches to come.
     """
+
+    idle_bytes = 0
 
     def __init__(self, transformer: Transformer, precision: str = "float32") -> None:
         reason = supported(transformer, precision)
