@@ -29,13 +29,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 45
 
 
+CONFIG: dict[str, Any] = dict(
+    vocab_size=VOCAB, num_layers=1, num_heads=2, embed_dim=36, mlp_dim=40, head_dim=32, max_positions=300, action_dim=3
+)
+
+
 def build(**changes: Any) -> Transformer:
-    fields: dict[str, Any] = dict(
-        vocab_size=VOCAB, num_layers=1, num_heads=2, embed_dim=36, mlp_dim=40, head_dim=32, max_positions=300,
-        action_dim=3,
-    )  # fmt: skip
     torch.manual_seed(0)
-    model = Transformer(TransformerConfig(**{**fields, **changes}))
+    model = Transformer(TransformerConfig(**{**CONFIG, **changes}))
     for parameter in model.parameters():
         spread = 0.15 if parameter.ndim == 2 else 0.2
         nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=spread)
@@ -213,6 +214,19 @@ def check_shapes_of_wide_models() -> None:
     assert exact._shape("qkv", 768, 2)[1] == 2 * kernels.SHAPES["qkv"][1]
     assert rounded._shape("qkv", 8192, 2)[1] == 8
     assert exact._shape("head", 8192) == (8, 16)
+
+
+def check_what_is_refused() -> None:
+    """Models that the kernels do not know, with the reason; torch operations serve them."""
+    for words, changes in (
+        ("biases", {"attention_bias": True}), ("heads are 16 wide", {"head_dim": 16}), ("wider", {"mlp_dim": 8200}),
+        ("wider", {"num_heads": 65, "head_dim": 128}), ("vocabulary", {"vocab_size": 2**17}),
+    ):  # fmt: skip
+        config = TransformerConfig(**{**CONFIG, **changes})
+        reason = kernels.unsupported(config, "bfloat16")
+        assert reason is not None and words in reason, (changes, reason)
+    assert kernels.unsupported(TransformerConfig(**CONFIG), "bfloat16") is None
+    assert "float64" in str(kernels.unsupported(TransformerConfig(**CONFIG), "float64"))
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}

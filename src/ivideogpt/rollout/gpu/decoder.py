@@ -349,12 +349,13 @@ class TritonDecoder(GraphDecoder):
         width = 0 if following is None else self.config.embed_dim
         top_k = 0 if sampling.top_k is None or sampling.top_k >= ids else sampling.top_k
         block = power_of_two(ids + 1) // 2
+        warps = max(1, min(SAMPLE_WARPS * max(1, block // 2**14), block // 512, 32))
         x = logits if following is None else following  # not touched if width is 0
         draw.sample[(rows,)](
             logits, uniforms, tokens, self._embedding, x, logits.stride(0), ids, sampling.first_id,
             1.0 if sampling.greedy else 1.0 / sampling.temperature, uniforms.stride(0),
             tokens.stride(0), sampling.greedy, top_k, block, power_of_two(max(ids - block, 1)), width,
-            power_of_two(max(width, 1)), self._pdl, **self._options, num_warps=max(1, min(SAMPLE_WARPS, block // 512)),
+            power_of_two(max(width, 1)), self._pdl, **self._options, num_warps=warps,
         )  # fmt: skip
 
 
@@ -367,6 +368,9 @@ def unsupported(config: TransformerConfig, precision: str) -> str | None:
         return "its projections have biases"
     if config.head_dim not in (32, 64, 128):
         return f"its heads are {config.head_dim} wide, not 32, 64 or 128"
-    if max(config.embed_dim, config.mlp_dim) > 8192:
-        return f"its layers are wider than 8192 ({config.embed_dim} and {config.mlp_dim})"
+    widths = config.embed_dim, config.num_heads * config.head_dim, config.mlp_dim
+    if max(widths) > 8192:
+        return f"its layers are wider than 8192 ({', '.join(str(width) for width in widths)})"
+    if config.vocab_size >= 2**17:
+        return f"its vocabulary has {config.vocab_size} ids, not less than {2**17}"
     return None
