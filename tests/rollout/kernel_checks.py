@@ -57,6 +57,8 @@ def compare(
     seen = []
     for kind in (GraphDecoder, TritonDecoder):
         decoder = kind(transformer, precision)
+        if isinstance(decoder, TritonDecoder):
+            decoder._processors = 132  # of a large GPU, for which positions are split into more parts
         branch = decoder.branch(decoder.prefill(context), samples, capacity)
         first = decoder.sample(branch, lead, actions, chance[0], sampling)
         following = torch.cat([first.tokens[:, -1:], lead[:, :1]], dim=1)
