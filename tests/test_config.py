@@ -68,6 +68,7 @@ def test_attention_levels_follow_the_feature_maps():
         (TransformerConfig, {"action_dim": 0}, "action_dim must be a positive integer, got 0"),
         (TransformerConfig, {"rope_base": 0.0}, "rope_base and norm_eps must be positive, got 0.0"),
         (TransformerConfig, {"attention_dropout": -1.0}, "attention_dropout must be in"),
+        (TransformerConfig, {"max_positions": 2**18 + 1}, "max_positions must be at most 262144, got 262145"),
         (RewardHeadConfig, {"transform": "log"}, "got 'log'"),
     ],
 )

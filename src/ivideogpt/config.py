@@ -17,6 +17,9 @@ CROSS_ATTENTION_HEADS = 4
 CROSS_ATTENTION_NORM_GROUPS = 32
 """The published tokenizers fix these two, and no file of theirs stores them."""
 
+MOST_POSITIONS = 2**18
+"""Longest sequence of a transformer: rollouts tabulate the rotary embedding of every position."""
+
 
 def _check_positive(config: object, *names: str) -> None:
     for name in names:
@@ -192,6 +195,11 @@ class TransformerConfig:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         _check_positive(self, "vocab_size", "num_layers", "num_heads", "num_kv_heads", "embed_dim", "mlp_dim")
         _check_positive(self, "max_positions")
+        if self.max_positions > MOST_POSITIONS:
+            raise ValueError(
+                f"TransformerConfig.max_positions must be at most {MOST_POSITIONS}, got {self.max_positions}: a "
+                "rollout takes memory for each"
+            )
         if self.head_dim is None:
             if self.embed_dim % self.num_heads:
                 raise ValueError(

@@ -115,6 +115,7 @@ def test_mistakes_of_the_command(
         ([real, real], "FVD needs the weights i3d_torchscript.pt"),
         ([real, real, "--fvd-weights", "random"], "the clips must have 17 frames or more of 256 x 256"),
         ([real, real, "--fvd-weights", "random", "--out", str(tmp_path / "no" / "x.json")], "there is no folder"),
+        ([real, real, "--fvd-weights", "random", "--out", str(tmp_path)], "this is a folder; name a file"),
         ([real, real, "--fvd-weights", str(tmp_path / "absent.pt")], "there is no file"),
     ):
         assert cli.main(["gfvd", *words]) == 2

@@ -283,6 +283,7 @@ def test_networks_that_are_missing_are_said_and_the_rest_is_measured(
         (["--protocol", "robonet"], "no protocol 'robonet'; did you mean 'robonet-"),
         (["--protocol", "robonet-64"], "about 256 clips, and there are 16; give --videos 16"),
         (["--horizon", "40"], "episodes are shorter than the 42 frames"),
+        (["--out", "."], "--out .: this is a folder; name a file"),
     ],
 )
 def test_the_command_refuses(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,9 @@ def test_another_evaluations_journal_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"begun with other settings \(seed: 0 against 1\); give another --out, or --r"
     ):
         Journal(tmp_path / "j", {"seed": 1, "model": "a" * 64})
+    Journal(tmp_path / "k", {"protocol": {"name": "custom", "runs": 2, "horizon": 6}}).close()
+    with pytest.raises(ValueError, match=r"other settings \(protocol\.horizon: 6 against 4\); give"):
+        Journal(tmp_path / "k", {"protocol": {"name": "custom", "runs": 2, "horizon": 4}})
     (tmp_path / "j" / "header.json").write_text("{")
     with pytest.raises(ValueError, match=r"header.json is damaged"):
         Journal(tmp_path / "j", HEADER)

@@ -143,7 +143,7 @@ def test_recordings_that_do_not_fit(recordings: Callable[..., str]) -> None:
     source = recordings()
     with pytest.raises(ValueError, match=r"1 of 3 episodes are shorter than the 13 frames .* \(12 frames\)"):
         opened(source, horizon=11)
-    with pytest.raises(ValueError, match=r"3 of 3 episodes are shorter than the 12 frames .* stride 2"):
+    with pytest.raises(ValueError, match=r"3 of 3 episodes are shorter than the 23 frames .* stride 2"):
         opened(source, stride=2)
     with pytest.raises(ValueError, match=r"about 256 clips, and there are 3; give --videos 3, which makes it a custom"):
         opened(source, videos=256)

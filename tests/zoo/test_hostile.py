@@ -117,6 +117,7 @@ CASES: dict[str, tuple[Callable[[Files], None], str]] = {
     "an embedding of 10 TB": (config("transformer", vocab_size=10**13 // 4 // 32), "vocab_size|vocabulary|ids"),
     "an embedding of 10 TB, and a header that agrees": (ten_terabytes, "not to be believed|vocab"),
     "a codebook of 10 TB": (config("tokenizer", num_vq_embeddings=10**12), "vocab|ids|codebook"),
+    "a trillion positions": (config("transformer", max_position_embeddings=10**12), "max_positions must be at most"),
     "a million layers": (config("transformer", num_hidden_layers=10**6), "asks for 1000000 layers"),
     "code of its own": (config("transformer", auto_map={"AutoModel": "evil.Model"}), "auto_map .* is not supported"),
     "a path that climbs": (put("transformer/../../../climbed", b"x"), "a path that leads out of its folder"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
@@ -26,6 +27,20 @@ def number_from_zero(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
     return value
+
+
+def check_place(option: str, path: str | None) -> None:
+    """Refuses a file to be written where none can be, before the work that it is for.
+
+    Raises:
+        ValueError: if its folder does not exist, or it is a folder itself.
+    """
+    if path is None:
+        return
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"--{option} {path}: there is no folder {Path(path).parent}")
+    if Path(path).is_dir():
+        raise ValueError(f"--{option} {path}: this is a folder; name a file")
 
 
 def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivideogpt.commands.arguments import add_model, at_least, number_from_zero
+from ivideogpt.commands.arguments import add_model, at_least, check_place, number_from_zero
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,9 +82,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Evaluates, prints the tables and writes the results with the command that made them."""
     for option in ("out", "report"):
-        path = getattr(args, option)
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"--{option} {path}: there is no folder {Path(path).parent}")
+        check_place(option, getattr(args, option))
     from ivideogpt.metrics.journal import only_evaluation
 
     if args.out is not None and not int(os.environ.get("RANK", "0")):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
-from ivideogpt.commands.arguments import at_least
+from ivideogpt.commands.arguments import at_least, check_place
 
 LISTED = 10
 """Classes that are printed; a result file has all."""
@@ -36,8 +35,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Computes, prints and writes the distance."""
-    if args.out is not None and not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"--out {args.out}: there is no folder {Path(args.out).parent}")
+    check_place("out", args.out)
     from rich.console import Console
 
     from ivideogpt.metrics.class_folders import CLIP_FRAMES, CLIP_SIZE, class_distance

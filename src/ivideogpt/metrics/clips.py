@@ -76,6 +76,7 @@ class ClipSet:
     def _check(self, settings: ClipSettings) -> None:
         protocol, needed = self.protocol, settings.segment_length - settings.goal
         short, without, sizes = [], [], set()
+        longest = needed
         for name, index in self.mixture.episodes:
             shards = self.mixture.sets[name]
             row = shards.index
@@ -85,12 +86,13 @@ class ClipSet:
                 stride = shrink_stride(stride, length, needed)
             if (needed - 1) * stride + 1 > length:
                 short.append(f"{shards.key(index)} ({length} frames)")
+                longest = max(longest, (needed - 1) * stride + 1)
             if protocol.actions and not int(row["action_dim"][index]):
                 without.append(shards.key(index))
             sizes.add((int(row["height"][index]), int(row["width"][index])))
         if short:
             raise ValueError(
-                f"{len(short)} of {len(self.mixture.episodes)} episodes are shorter than the {needed} frames of the "
+                f"{len(short)} of {len(self.mixture.episodes)} episodes are shorter than the {longest} frames of the "
                 f"protocol ({protocol.context_length} given, {protocol.horizon} predicted, stride {protocol.stride}): "
                 f"{', '.join(short[:3])}{', ...' if len(short) > 3 else ''}; give longer recordings or --horizon"
             )

@@ -63,7 +63,7 @@ class Journal:
             )
             if differing:
                 shown = "; ".join(
-                    f"{name}: {_short(found.get(name))} against {_short(self.header.get(name))}" for name in differing
+                    change for name in differing for change in _changes(name, found.get(name), self.header.get(name))
                 )
                 raise ValueError(
                     f"{self.folder} holds an evaluation that was begun with other settings ({shown}); give another "
@@ -172,6 +172,16 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} is damaged in line {number + 1}; remove its folder to begin anew") from error
             yield record
+
+
+def _changes(name: str, one: object, other: object) -> Iterator[str]:
+    """``name: one against other``, of mappings for each key that differs."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in dict.fromkeys([*one, *other]):
+            if one.get(key) != other.get(key):
+                yield from _changes(f"{name}.{key}", one.get(key), other.get(key))
+    else:
+        yield f"{name}: {_short(one)} against {_short(other)}"
 
 
 def _short(value: object) -> str:
