@@ -125,7 +125,7 @@ def test_results_are_shown_with_protocol_seed_and_intervals(tmp_path: Path, caps
     name = "ivideogpt-metaworld-nano"
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / f"{name}.bair.json").write_text(json.dumps(SCHEMA_2))
-    other = {"schema_version": 1, "tasks": {}, "overall": {"model": {"psnr": 12.5}}}
+    other = {"schema_version": 2, "tasks": {}, "overall": {"model": {"psnr": 12.5}}}
     (tmp_path / "results" / f"{name}.json").write_text(json.dumps(other))
     assert card.main(["--folder", str(tmp_path), "--check"]) == 1
     assert not list(tmp_path.glob("*.md"))

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
+from ivideogpt.zoo.push import Evidence, parts_hash, prepare
+from ivideogpt.zoo.registry import cards_folder
 from tests.zoo.conftest import files_of
 from tests.zoo.hub_client import ClientError, HubClient
 from tests.zoo.hub_server import READ_TOKEN, TOKEN, Fault, Hub
@@ -26,6 +29,7 @@ wm = ivideogpt.from_pretrained("./" + folder if not folder.startswith("/") else 
 done = wm.push_to_hub(repo_id, **options)
 result = {"url": done.url, "commit": done.commit, "changed": done.changed, "files": done.files}
 """
+RESULTS = cards_folder() / "results" / "ivideogpt-metaworld-nano.json"
 COMMAND = "from ivideogpt.cli import main\nresult = main(words)"
 
 
@@ -287,7 +291,8 @@ def test_nothing_private_arrives(hub: Hub, client: HubClient, tmp_path: Path, ti
         for folder in (tmp_path / "run", model, model / "transformer"):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(f"PRIVATE MATTER {TOKEN}")
-    evaluated = {"schema_version": 1, "tasks": {}, "overall": {"model": {"psnr": 20.0}}, "seed": 0}
+    evaluated = json.loads(RESULTS.read_text())
+    evaluated["hashes"]["model"] = parts_hash(wm.parts)
     evaluated["command"] = f"ivideogpt evaluate --model '{home}/out' --data={tmp_path}/shards"
     (tmp_path / "results.json").write_text(json.dumps(evaluated))
     words = ["push", str(tmp_path / "run"), "someone/mine", "--results", str(tmp_path / "results.json")]
@@ -332,8 +337,9 @@ def test_a_secret_stops_the_push(secret: str, kind: str, hub: Hub, client: HubCl
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"schema_version": 9, "tasks": {}, "overall": {}}, "results of schema 9; cards are made of schemas 1, 2"),
-        ({"schema_version": 1, "tasks": {}}, "is no results file of `ivideogpt evaluate`"),
+        ({"schema_version": 9, "tasks": {}, "overall": {}}, "results of schema 9; cards are made of schema 2"),
+        ({"schema_version": 1, "tasks": {}, "overall": {}}, "results of schema 1; .* Measure again"),
+        ({"schema_version": 2, "tasks": {}}, "is no results file of `ivideogpt evaluate`"),
     ],
 )
 def test_results_that_no_card_can_show(
@@ -358,6 +364,15 @@ def test_a_recipe_that_climbs_publishes_nothing_from_elsewhere(
     (model / "recipe.yaml").write_text("stages: [\n")
     with pytest.raises(ClientError, match="recipe.yaml is not valid YAML"):
         client.run(COMMAND, words=["push", *push_it, "--debug"])
+
+
+def test_weights_that_are_no_numbers_are_not_published(tiny_world_model: Callable[..., Any], tmp_path: Path) -> None:
+    wm = tiny_world_model(action_dim=3)
+    with torch.no_grad():
+        wm.transformer.norm.weight[2] = torch.nan
+    with pytest.raises(ValueError, match=r"transformer\.norm\.weight holds NaN or infinite weights"):
+        prepare(tmp_path, wm.parts, "someone/mine", Evidence())
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_model_or_no_gif_is_refused(hub: Hub, client: HubClient, model: Path, tmp_path: Path) -> None:

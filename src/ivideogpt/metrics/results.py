@@ -219,6 +219,10 @@ def write_results(result: Mapping[str, Any], path: str | os.PathLike[str]) -> No
         raise
 
 
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON number")
+
+
 def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The result of an evaluation from its file.
 
@@ -227,7 +231,7 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: if it cannot be read.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse)
     except ValueError as error:
         raise ValueError(f"{path} is no result of `ivideogpt evaluate`: it is not JSON ({error})") from error
     if not isinstance(found, dict) or "schema_version" not in found:

@@ -1,7 +1,7 @@
 """What a model card shows of the results files that ``ivideogpt evaluate`` wrote: tables, conditions, what is missing.
 
-Every number of a card's results comes from here, and so from a file. Schema 1 has neither protocol, intervals nor
-several runs; what a file does not hold is said to be not evaluated.
+Every number of a card's results comes from here, and so from a file; what a file does not hold is said to be not
+evaluated.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ivideogpt.metrics.results import SCHEMA_VERSION
 from ivideogpt.zoo.published import read_json
 
-SCHEMAS = (1, 2)
 OVERALL = "overall"
 _HEAD = ("schema_version", "model", "tasks", OVERALL, "videos", "missing", "notes", "protocol")
 _LONGEST = 600  # characters of a condition
@@ -63,10 +63,10 @@ def read_card_results(path: Path) -> CardResults:
     """
     results = read_json(path)
     schema = results.get("schema_version")
-    if schema not in SCHEMAS:
+    if schema != SCHEMA_VERSION:
         raise ValueError(
-            f"{path}: results of schema {schema!r}; cards are made of schemas {', '.join(map(str, SCHEMAS))}. Measure "
-            "again with `ivideogpt evaluate`"
+            f"{path}: results of schema {schema!r}; cards are made of schema {SCHEMA_VERSION}. Measure again with "
+            "`ivideogpt evaluate`"
         )
     try:
         tasks = {**results["tasks"], OVERALL: results[OVERALL]}

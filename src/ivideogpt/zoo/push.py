@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ivideogpt.metrics.evaluation import weights_hash
@@ -132,9 +133,13 @@ def push_parts(
 
 def parts_hash(parts: Parts) -> str:
     """Hash of a world model's weights and settings, as its results have it."""
+    transform = parts.reward_head.config.transform if parts.reward_head else None
+    return weights_hash(_state(parts), parts.extras, transform)
+
+
+def _state(parts: Parts) -> dict[str, torch.Tensor]:
     modules = {"tokenizer": parts.tokenizer, "transformer": parts.transformer, "reward_head": parts.reward_head}
-    state = {f"{name}.{key}": t for name, m in modules.items() if m is not None for key, t in m.state_dict().items()}
-    return weights_hash(state, parts.extras, parts.reward_head.config.transform if parts.reward_head else None)
+    return {f"{name}.{key}": t for name, m in modules.items() if m is not None for key, t in m.state_dict().items()}
 
 
 def check_results(path: Path, parts: Parts) -> None:
@@ -143,10 +148,8 @@ def check_results(path: Path, parts: Parts) -> None:
     Raises:
         ValueError: saying which.
     """
-    if read_json(path).get("schema_version") == 1:  # which knew no hashes
-        return
     measured = read_results(path)["hashes"].get("model")
-    if measured is not None and measured != parts_hash(parts):
+    if measured != parts_hash(parts):
         raise ValueError(
             f"{path} is of other weights than these (SHA-256 {str(measured)[:12]}...): measure this model, in float32, "
             "with `ivideogpt evaluate`"
@@ -166,6 +169,11 @@ def prepare(
     Raises:
         ValueError: if something may not be published, naming it.
     """
+    for name, weight in _state(parts).items():
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"{name} holds NaN or infinite weights: nobody could use this model, publish an earlier one"
+            )
     given, parts = parts, _public(parts)
     save_for_hub(folder, parts)
     results = []
