@@ -199,6 +199,8 @@ def test_tables(two: tuple[dict[str, Any], dict[str, Any]], measured: Measured) 
     text = printed(result_table(two[0]), comparison_table(compare(*two), *two))
     for shown in ("bad: 3 frames from 2", "best of 2", "95 % over episodes", "PSNR, dB ↑", "MSE ↓", "protocol custom"):
         assert shown in text
+    other = {**two[0], "hashes": {**two[0]["hashes"], "model": "of other weights"}}
+    assert "bad, two sets of weights" in printed(comparison_table(compare(two[0], other), two[0], other))
     assert task_table(two[0]) is None
     tasks = task_table(measured(Integrator(), MemoryClips(["push", "lift", "lift"])))
     assert tasks is not None

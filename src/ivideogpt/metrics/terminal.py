@@ -62,7 +62,10 @@ def task_table(result: Mapping[str, Any]) -> Table | None:
     if len(result["tasks"]) < 2:
         return None
     metrics = list(next(iter(result["tasks"].values()))["model"])
-    table = Table(caption="model / last frame repeated")
+    caption = "model / last frame repeated; other actions: mean of the samples, against that with their own"
+    table = Table(caption=caption)
+        caption="model / last frame repeated; other actions: mean of the samples, against that with their own"
+    )
     table.add_column("task")
     for heading in ("clips", *(LABELS.get(metric, metric) for metric in metrics), "MSE, other actions", "reward r"):
         table.add_column(heading, justify="right")
@@ -121,7 +124,9 @@ def watching(console: Console | None, what: str = "evaluate") -> Iterator[Callab
 def comparison_table(differences: Sequence[Difference], first: Mapping[str, Any], second: Mapping[str, Any]) -> Table:
     """A row a metric: both results, their difference with its interval, and what that means."""
     names = [str(result["model"] or "world model") for result in (first, second)]
-    title = f"{names[0]} against {names[1]}" if names[0] != names[1] else f"{names[0]}, measured twice"
+    same = first["hashes"]["model"] == second["hashes"]["model"]
+    twice = f"{names[0]}, {'measured twice' if same else 'two sets of weights'}"
+    title = f"{names[0]} against {names[1]}" if names[0] != names[1] else twice
     caption = f"protocol {first['protocol']['name']}, {len(first['videos'])} videos, paired bootstrap over episodes"
     table = Table(title=escape(title), caption=escape(caption))
     table.add_column("metric")
