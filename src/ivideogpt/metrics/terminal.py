@@ -64,8 +64,6 @@ def task_table(result: Mapping[str, Any]) -> Table | None:
     metrics = list(next(iter(result["tasks"].values()))["model"])
     caption = "model / last frame repeated; other actions: mean of the samples, against that with their own"
     table = Table(caption=caption)
-        caption="model / last frame repeated; other actions: mean of the samples, against that with their own"
-    )
     table.add_column("task")
     for heading in ("clips", *(LABELS.get(metric, metric) for metric in metrics), "MSE, other actions", "reward r"):
         table.add_column(heading, justify="right")
