@@ -18,7 +18,7 @@ def weights_key(module: nn.Module) -> tuple[object, ...]:
     """
     key: list[object] = []
     waiting: list[tuple[str, nn.Module]] = [("", module)]
-    while waiting:  # what named_parameters() and named_buffers() give, at a tenth of their time
+    while waiting:  # all parameters and buffers, by the paths of their modules
         path, one = waiting.pop()
         for name, tensor in chain(one._parameters.items(), one._buffers.items()):
             if tensor is not None:

@@ -37,7 +37,7 @@ SPLIT = 64
 """Positions of a part of the attention, where few rows leave the device idle."""
 
 SHAPES = {"qkv": (4, 1), "out": (16, 8), "gate_up": (2, 1), "down": (2, 8), "head": (8, 2)}
-"""Of each product of a few rows, outputs (or pairs of them) of a program, and its warps; the fastest on an H200."""
+"""Of each product of a few rows, outputs (or pairs of them) of a program, and its warps; chosen on an H200."""
 
 THREAD_BYTES, MOST_WARPS = 512, 16
 """Bytes of weights that a thread holds, half of its registers: wider models and wider numbers take more warps."""
