@@ -1,4 +1,4 @@
-// Products of many rows with a matrix by 16-bit integers: twice the rate of float32 where the processor multiplies and
+// Products of many rows with a matrix by 16-bit integers, where the processor multiplies and
 // adds pairs of them in one instruction, and closer to it than products of bfloat16, which cost the same.
 //
 // A number is an integer times a float32 scale; GROUP inputs of a row, or of an output's weights, share a scale. Integers

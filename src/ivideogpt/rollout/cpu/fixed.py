@@ -1,4 +1,4 @@
-"""Products by 16-bit integers (``fixed.cpp``), at twice the rate of float32's and within some 2e-4 of them.
+"""Products by 16-bit integers (``fixed.cpp``), within some 2e-4 of those of float32.
 
 The error of a product of random numbers is a tenth of what operands of bfloat16 make of it; a number that is small
 beside another one in its group of 128 keeps fewer digits.

@@ -26,8 +26,8 @@ TILE = 8192
 """Values that a program reads."""
 
 GROUP_VALUES, GROUP_PROGRAMS = 2**14, 512
-"""Values of a group that one program holds, and programs up to which it is faster so: a group's channels lie apart in
-memory, which costs more of it than two kernels that read whole pixels."""
+"""Values of a group that one program holds, and programs up to which a norm is done so: a group's channels lie apart in
+memory, so that many maps move more of it than by two kernels that read whole pixels."""
 
 MOST_PARTS = 32
 """Parts of a map whose sums each program of the second kernel reads."""
