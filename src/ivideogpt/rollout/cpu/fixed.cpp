@@ -1,5 +1,5 @@
-// Products of many rows with a matrix by 16-bit integers, where the processor multiplies and
-// adds pairs of them in one instruction, and closer to it than products of bfloat16, which cost the same.
+// Products of many rows with a matrix by 16-bit integers, where the processor multiplies and adds pairs of them in one
+// instruction: closer to float32 than products of bfloat16.
 //
 // A number is an integer times a float32 scale; GROUP inputs of a row, or of an output's weights, share a scale. Integers
 // of a row reach LARGEST; a group of weights is scaled so that no sum of its products leaves 32 bits, whatever the row
