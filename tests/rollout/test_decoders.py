@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ivideogpt.config import TransformerConfig
 from ivideogpt.models.transformer import Transformer
-from ivideogpt.rollout import graphs
+from ivideogpt.rollout import workspace
 from ivideogpt.rollout.cache import KVCache, Prefix
 from ivideogpt.rollout.fused import TorchDecoder
 from ivideogpt.rollout.graphs import GraphDecoder
@@ -158,9 +158,67 @@ def test_a_workspace_serves_the_next_prefix() -> None:
             decoder.feed(branch, own), uncached(model, context, own, {}), atol=2e-4, rtol=1e-4
         )  # fmt: skip
         del branch
-    assert len(decoder._workspaces) == 1
+    assert len(decoder._workspaces.all) == 1
     held = [decoder.branch(decoder.prefill(ids(2, 20)), 1, 12) for _ in range(3)]
     assert len({id(branch.workspace) for branch in held}) == 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", [TorchDecoder, GraphDecoder])
+def test_a_branch_at_rest_goes_on_as_if_it_had_not_been(kind: type[TorchDecoder], device: str) -> None:
+    model = build(device=device)
+    decoder = kind(model, "float32")
+    contexts = [ids(2, 20, seed=seed).to(device) for seed in range(3)]
+    one, two, three = (ids(2, 4, seed=seed).to(device) for seed in (1, 2, 3))
+    branch = decoder.branch(decoder.prefill(contexts[0]), 1, 12)
+    decoder.feed(branch, one)
+    branch.rest()
+    branch.rest()
+    for context in contexts[1:]:  # others are in its place meanwhile
+        other = decoder.branch(decoder.prefill(context), 1, 12)
+        expected = uncached(model, context, two, {})
+        torch.testing.assert_close(decoder.feed(other, two), expected, atol=2e-4, rtol=1e-4)
+        other.rest()
+    fork, later = branch.fork(), branch.fork()
+    for continued, own in ((fork, two), (branch, three), (later, three)):
+        expected = uncached(model, contexts[0], torch.cat([one, own], dim=1), {})[:, 4:]
+        torch.testing.assert_close(decoder.feed(continued, own), expected, atol=2e-4, rtol=1e-4)
+    other.length = 0
+    torch.testing.assert_close(
+        decoder.feed(other, one), uncached(model, contexts[2], one, {}), atol=2e-4, rtol=1e-4
+    )  # fmt: skip
+
+
+def test_branches_at_rest_need_no_workspace() -> None:
+    decoder = GraphDecoder(build(), "float32")
+    resting = []
+    for seed in range(5):
+        branch = decoder.branch(decoder.prefill(ids(1, 20, seed=seed)), 1, 12)
+        decoder.feed(branch, ids(1, 3))
+        branch.rest()
+        resting.append(branch)
+    assert len(decoder._workspaces.all) == 1
+    assert resting[0].workspace is decoder._workspaces.all[0]  # which is taken from here on
+    resting[1].fork()
+    assert len(decoder._workspaces.all) == 2
+
+
+def test_a_rest_without_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = GraphDecoder(build(), "float32")
+    branch = decoder.branch(decoder.prefill(ids(1, 20)), 1, 12)
+    decoder.feed(branch, ids(1, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace, "Prefix", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            branch.rest()
+    decoder.feed(branch, ids(1, 4, seed=1))
+    model, own = build(), torch.cat([ids(1, 3), ids(1, 4, seed=1), ids(1, 2, seed=2)], dim=1)
+    expected = uncached(model, ids(1, 20), own, {})[:, 7:]
+    torch.testing.assert_close(decoder.feed(branch.fork(), own[:, 7:]), expected, atol=2e-4, rtol=1e-4)
+
+
+def no_memory(*args: Any) -> Any:
+    raise torch.OutOfMemoryError("no room")
 
 
 def test_a_workspace_forgets_what_was_not_finite() -> None:
@@ -278,14 +336,14 @@ def test_workspaces_are_given_up_where_memory_is_short(monkeypatch: pytest.Monke
 
     class Tight(KVCache):
         def __init__(self, prefix: Prefix, samples: int, capacity: int) -> None:
-            made.append(len(decoder._workspaces))
-            if decoder._workspaces:
+            made.append(len(decoder._workspaces.all))
+            if decoder._workspaces.all:
                 raise torch.OutOfMemoryError("no room")
             super().__init__(prefix, samples, capacity)
 
-    monkeypatch.setattr(graphs, "KVCache", Tight)
+    monkeypatch.setattr(workspace, "KVCache", Tight)
     branch = decoder.branch(prefix, 4, 12)
-    assert made == [1, 0] and decoder._workspaces == [branch.workspace]
+    assert made == [1, 0] and decoder._workspaces.all == [branch.workspace]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ivideogpt.rollout import Session
+from ivideogpt.rollout import session as session_module
+from ivideogpt.rollout.graphs import GraphDecoder
 from ivideogpt.rollout.pixels import PixelDecoder
 
 Build = Callable[..., Any]
@@ -184,8 +186,16 @@ def test_anchoring_by_itself_at_the_last_position(tiny_world_model: Build) -> No
     assert session.frames.shape[1] == 2 + 27
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 6])
-def test_rewind_over_an_anchor(tiny_world_model: Build, steps: int) -> None:
+def test_rewind_over_an_anchor(
+    tiny_world_model: Build, monkeypatch: pytest.MonkeyPatch, steps: int, graphs: bool
+) -> None:
+    if graphs:  # the decoder of GPUs, whose buffers the steps of all contexts share
+        made: dict[Any, GraphDecoder] = {}
+        monkeypatch.setattr(
+            session_module, "decoder_for", lambda model, _: made.setdefault(model, GraphDecoder(model, "float32"))
+        )
     model, actions, others = tiny_world_model(ACTION_DIM, reward=True), some_actions(10), some_actions(3, seed=1)
     session = walk(start(model, anchor_every=4), actions)  # anchored at 4 and 8, so the steps from 5 on are kept
     fork = session.fork()

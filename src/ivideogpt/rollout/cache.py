@@ -57,3 +57,6 @@ class KVCache:
         for mine, theirs in ((self.keys, copy.keys), (self.values, copy.values)):
             theirs[..., : self.length, :] = mine[..., : self.length, :]
         return copy
+
+    def rest(self) -> None:
+        """It holds nothing but its positions."""

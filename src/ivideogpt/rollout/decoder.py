@@ -41,6 +41,9 @@ class Branch(Protocol):
     def fork(self) -> Branch:
         """An independent branch from here on: the prefix is shared, the filled own positions are copied."""
 
+    def rest(self) -> None:
+        """Leaves to others what it holds beyond its positions; it may be used again all the same."""
+
 
 class Decoder(Protocol):
     """Runs the transformer. All methods are called in inference mode and may be called from several threads.

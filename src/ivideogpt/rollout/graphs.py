@@ -1,21 +1,15 @@
 """GraphDecoder: a whole frame as a few CUDA graphs, so that no kernel waits for the host.
 
-Addresses inside a graph are fixed, so it runs in a *workspace*: buffers for the prefix and the own positions of one
-shape of rows, and the graphs that were captured on them. Branches of one prefix share its workspace; the one that was
-used last lives in its buffers, the others' own positions wait in memory of their own and change places with it. A
-workspace whose branches are gone serves the next prefix of its shape, graphs and all.
+They run in the buffers of a workspace, see ``workspace.py``.
 
 B clips, S rows a clip, R = B*S rows, P positions of the prefix, L lead tokens, n tokens of a frame, D embed_dim.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
 from warnings import warn
-from weakref import ReferenceType, WeakSet, proxy, ref
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -26,124 +20,13 @@ from ivideogpt.rollout.capture import Captured, capturing, on, recording
 from ivideogpt.rollout.decoder import Sampled
 from ivideogpt.rollout.fused import TorchDecoder
 from ivideogpt.rollout.sampling import Sampling, sample_token
-
-IDLE_WORKSPACES = 2
-"""Workspaces without branches that are kept for prefixes to come."""
+from ivideogpt.rollout.workspace import Frame, GraphBranch, Workspace, Workspaces
 
 FRAMES = 20
 """Captured ways of drawing that a workspace keeps: lengths of what is fed, settings of the sampling."""
 
 WARM_UP_RUNS = 2
 """Runs in front of a capture, which let libraries allocate what they do not allocate again."""
-
-
-class GraphBranch:
-    """Rows whose own positions are in their workspace's buffers, or wait beside them."""
-
-    def __init__(self, workspace: Workspace, length: int = 0) -> None:
-        self.workspace = workspace
-        self.rows, self.capacity = workspace.cache.rows, workspace.cache.capacity
-        self.length = length
-        self.waiting: tuple[Tensor, Tensor] | None = (
-            None  # keys and values (N, R, K, length, d), while not in the buffers
-        )
-        workspace.branches.add(self)
-
-    def fork(self) -> GraphBranch:
-        """An independent branch from here on; it waits beside the buffers until it is used."""
-        with self.workspace.lock, on(self.workspace.start.device):
-            self.workspace.wait()
-            copy = GraphBranch(self.workspace, self.length)
-            copy.waiting = self.workspace.filled(self)
-            self.workspace.mark()
-        return copy
-
-
-@dataclass
-class Frame:
-    """One captured way of drawing: its inputs, which are copied into, its outputs, which are copied out of."""
-
-    lead: Tensor
-    actions: Tensor | None
-    uniforms: Tensor
-    run: Callable[[], None]
-    outputs: list[Tensor]
-
-
-@dataclass(eq=False)
-class Workspace:
-    """Fixed buffers for rows of one shape.
-
-    Attributes:
-        cache: prefix and own positions; the prefix' buffers are overwritten when another takes its place.
-        start: scalar int64, the own position that a frame begins at.
-        prefix: which one's copy ``cache`` holds, None if nothing yet.
-        branches: that use it.
-        resident: whose own positions are in ``cache``.
-        frames: captured ways of drawing; the one that was used last is the last.
-        used: behind the latest work in the buffers.
-    """
-
-    cache: KVCache
-    start: Tensor
-    prefix: ReferenceType[Prefix] | None = None
-    branches: WeakSet[GraphBranch] = field(default_factory=WeakSet)
-    resident: ReferenceType[GraphBranch] | None = None
-    frames: dict[Any, Frame] = field(default_factory=dict)
-    used: Any = None
-    lock: Any = field(default_factory=threading.RLock)
-
-    def take(self, prefix: Prefix) -> None:
-        """Makes ``prefix`` the one that the buffers hold; no branch of another may be left."""
-        if not self.holds(prefix):
-            self.wait()
-            self.cache.prefix.keys.copy_(prefix.keys)
-            self.cache.prefix.values.copy_(prefix.values)
-            self.cache.keys.zero_()  # a masked position is still multiplied: what is not finite must not stay
-            self.cache.values.zero_()
-            self.prefix, self.resident = ref(prefix), None
-            self.mark()
-
-    def wait(self) -> None:
-        """The current stream waits for what was run in these buffers, maybe on another one."""
-        if self.used is not None:
-            torch.cuda.current_stream().wait_event(self.used)
-
-    def mark(self) -> None:
-        """Notes that the current stream is using the buffers."""
-        if self.start.device.type == "cuda":
-            self.used = torch.cuda.Event()
-            self.used.record()
-
-    def holds(self, prefix: Prefix) -> bool:
-        """Whether the buffers hold ``prefix``."""
-        return self.prefix is not None and self.prefix() is prefix
-
-    def filled(self, branch: GraphBranch) -> tuple[Tensor, Tensor]:
-        """Copies of the branch's own keys and values."""
-        keys, values = (self.cache.keys, self.cache.values) if branch.waiting is None else branch.waiting
-        assert branch.waiting is not None or branch.length == 0 or self._resident() is branch
-        return keys[..., : branch.length, :].clone(), values[..., : branch.length, :].clone()
-
-    def admit(self, branch: GraphBranch) -> None:
-        """Puts the branch's own positions into the buffers, and those of the one that was there beside them."""
-        resident = self._resident()
-        if resident is branch:
-            return
-        if resident is not None:
-            resident.waiting = self.filled(resident)
-        if branch.waiting is not None:
-            filled = branch.waiting[0].shape[3]
-            self.cache.keys[..., :filled, :] = branch.waiting[0]
-            self.cache.values[..., :filled, :] = branch.waiting[1]
-            for read in branch.waiting:
-                if read.is_cuda:  # on this stream, maybe another than the one it was made on: not to be reused before
-                    read.record_stream(torch.cuda.current_stream())
-            branch.waiting = None
-        self.resident = ref(branch)
-
-    def _resident(self) -> GraphBranch | None:
-        return None if self.resident is None else self.resident()
 
 
 class GraphDecoder(TorchDecoder):
@@ -158,8 +41,7 @@ class GraphDecoder(TorchDecoder):
 
     def __init__(self, transformer: Transformer, precision: str) -> None:
         super().__init__(transformer, precision)
-        self._workspaces: list[Workspace] = []
-        self._lock = threading.Lock()
+        self._workspaces = Workspaces(self.device)
         self._captures = self.device.type == "cuda"
         self._prefill = Captured(self._keys_values, "the context")
 
@@ -173,51 +55,13 @@ class GraphDecoder(TorchDecoder):
 
     def branch(self, prefix: Prefix, samples: int, capacity: int) -> GraphBranch:  # type: ignore[override]
         """An empty branch of B * ``samples`` rows with room for ``capacity`` own positions."""
-        with self._lock, on(self.device):
-            fitting = [
-                workspace
-                for workspace in self._workspaces
-                if workspace.cache.prefix.keys.shape == prefix.keys.shape
-                and workspace.cache.samples == samples
-                and workspace.cache.capacity == capacity
-            ]
-            sharing = [workspace for workspace in fitting if workspace.holds(prefix)]
-            free = [workspace for workspace in fitting if not workspace.branches]
-            found = [*sharing, *free]
-            workspace = found[0] if found else self._add_workspace(prefix, samples, capacity)
-            workspace.take(prefix)
-            return GraphBranch(workspace)
-
-    def _add_workspace(self, prefix: Prefix, samples: int, capacity: int) -> Workspace:
-        def make() -> Workspace:
-            buffers = Prefix(prefix.keys.new_empty(prefix.keys.shape), prefix.values.new_empty(prefix.values.shape))
-            start = torch.zeros((), dtype=torch.int64, device=self.device)
-            return Workspace(KVCache(buffers, samples, capacity), start)
-
-        self._drop_idle(IDLE_WORKSPACES - 1)
-        try:
-            workspace = make()
-        except torch.OutOfMemoryError:
-            self._drop_idle(0)
-            torch.cuda.empty_cache()
-            workspace = make()
-        self._workspaces.append(workspace)
-        return workspace
-
-    def _idle(self) -> list[Workspace]:
-        return [workspace for workspace in self._workspaces if not workspace.branches]
-
-    def _drop_idle(self, kept: int) -> None:
-        idle = self._idle()
-        for workspace in idle[: max(0, len(idle) - kept)]:
-            self._workspaces.remove(workspace)
+        with self._workspaces.lock:
+            return GraphBranch(self._workspaces, self._workspaces.take(prefix, samples, capacity))
 
     @property
     def idle_bytes(self) -> int:
         """Bytes of buffers that wait for branches to come, and are given up where those do not fit otherwise."""
-        with self._lock:
-            caches = [workspace.cache for workspace in self._idle()]
-        return sum(x.nbytes for cache in caches for x in (cache.keys, cache.values))
+        return self._workspaces.idle_bytes
 
     def feed(  # type: ignore[override]
         self, branch: GraphBranch, tokens: Tensor, actions: Tensor | None = None, action_at: int = -1

@@ -178,6 +178,7 @@ class Session:
             with imagining(self._device, self._reward_head):
                 if self.horizon_left == 0:
                     with imagining(self._device, self._tokenizer, self._transformer):
+                        segments[-1].branch.rest()  # the new one takes its place
                         anchored = self._segment(self._latest_frames())
                     segments = [*segments, anchored][-KEPT_SEGMENTS:]
                 step = self._imagine(segments[-1], actions, states)

@@ -71,6 +71,9 @@ class KernelBranch:
         values.view(shape)[..., :filled, :] = self._values.view(shape)[..., :filled, :]
         return fork
 
+    def rest(self) -> None:
+        """It holds nothing but its positions."""
+
     def positions(self) -> packing.Positions:
         """The kernel's view of all this."""
         cos, sin = self._rope
