@@ -252,14 +252,12 @@ def build_tokenizer_module(size: str, device: torch.device) -> TokenizerModule:
 
 
 def transformer_flops(wm: WorldModel, shape: tuple[int, ...]) -> float:
-    """Arithmetic of an update: forward and backward of the transformer, with the head only where there are labels.
+    """Arithmetic of an update: forward and backward of the transformer, without what no label needs.
 
     The frozen tokenizer does not count, on either side.
     """
     batch, length = shape
-    unlabelled = wm.layout.prompt_length - 1
-    head = 6.0 * wm.transformer.lm_head.weight.numel() * unlabelled
-    return batch * (wm.transformer.flops_per_sequence(length) - head)
+    return batch * wm.transformer.flops_per_sequence(length, wm.layout.context_span)
 
 
 def counted_flops(update: Callable[[], Any]) -> float:

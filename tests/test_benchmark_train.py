@@ -84,15 +84,15 @@ def test_other_work_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         sides_of.check_same_work(wm, video, gradients=False)
 
 
-def test_arithmetic_counts_the_head_where_there_are_labels() -> None:
+def test_arithmetic_counts_what_labels_need() -> None:
     wm = sides_of.build_world_model("nano", 0.0, torch.device("cpu"))
-    length = wm.layout.sequence_length(4)
-    labelled = length - (wm.layout.prompt_length - 1)
-    head, layers = wm.transformer.lm_head.weight.numel(), wm.transformer.layers
-    matrices = sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 2)
-    config = wm.transformer.config
-    attention = 6 * config.num_layers * config.embed_dim * length**2
-    expected = 3 * (6 * (matrices * length + head * labelled) + attention)
+    length, front = wm.layout.sequence_length(4), wm.layout.context_span
+    head, config = wm.transformer.lm_head.weight.numel(), wm.transformer.config
+    keys_values = 2 * config.embed_dim**2
+    others = 2 * config.embed_dim**2 + 3 * config.embed_dim * config.mlp_dim
+    whole = (config.num_layers - 1) * (keys_values + others) + keys_values
+    attention = 6 * config.embed_dim * (config.num_layers * length**2 - front**2)
+    expected = 3 * (6 * (whole * length + (others + head) * (length - front)) + attention)
     assert sides_of.transformer_flops(wm, (3, length)) == pytest.approx(expected)
 
 

@@ -49,6 +49,26 @@ def test_equals_the_reference_llama(fields):
     assert next_token_loss(ours.logits, tokens).item() == pytest.approx(theirs.loss.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_hidden_states_from_a_position_on_are_the_last_ones(recomputes):
+    model = build(num_kv_heads=2, attention_bias=True)
+    model.recomputes = recomputes
+    tokens = torch.randint(0, 50, (2, 30))
+    wanted = torch.randn(2, 13, 32)
+
+    def hidden_and_gradients(start):
+        model.zero_grad()
+        hidden = model.backbone(model.embed(tokens), start=start)[:, -13:]
+        (hidden * wanted).sum().backward()
+        return hidden, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    all_hidden, expected = hidden_and_gradients(0)
+    hidden, found = hidden_and_gradients(17)
+    torch.testing.assert_close(hidden, all_hidden)
+    assert len(found) == len(expected)
+    torch.testing.assert_close(found, expected)
+
+
 def test_an_action_moves_its_slot_and_what_follows_only():
     model = build(action_dim=3)
     tokens, slots = torch.randint(0, 50, (1, 20)), torch.tensor([5, 10, 15])

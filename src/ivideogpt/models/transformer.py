@@ -91,7 +91,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, input_pos: Tensor | None, cache: Cache | None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        layer: int,
+        input_pos: Tensor | None,
+        cache: Cache | None,
+        start: int = 0,
     ) -> Tensor:
         q, k, v = (
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, L, d)
@@ -111,7 +117,7 @@ class Attention(nn.Module):
             is_causal=q.shape[2] == k.shape[2] and q.shape[2] > 1,
             enable_gqa=self.grouped,
         )  # fmt: skip
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(out.transpose(1, 2)[:, start:].flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -145,18 +151,37 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(embed_dim, norm_eps)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, input_pos: Tensor | None, cache: Cache | None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        layer: int,
+        input_pos: Tensor | None,
+        cache: Cache | None,
+        start: int = 0,
     ) -> Tensor:
         if self.compiles and cache is None and torch.is_grad_enabled():
+            if start:
+                return compiled(Block.compute_last)(self, x, rope, start)
             return compiled(Block.compute)(self, x, rope, 0, None, None)  # `layer` is the cache's, and no number here
-        return self.compute(x, rope, layer, input_pos, cache)
+        return self.compute(x, rope, layer, input_pos, cache, start)
 
     def compute(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, input_pos: Tensor | None, cache: Cache | None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        layer: int,
+        input_pos: Tensor | None,
+        cache: Cache | None,
+        start: int = 0,
     ) -> Tensor:
-        """What ``forward`` gives, never compiled."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, layer, input_pos, cache)
+        """What ``forward`` gives, never compiled: (B, L - start, D), of the positions from ``start`` on."""
+        attended = self.self_attn(self.input_layernorm(x), rope, layer, input_pos, cache, start)
+        x = x[:, start:] + attended
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def compute_last(self, x: Tensor, rope: tuple[Tensor, Tensor], start: int) -> Tensor:
+        """``compute`` under a name of its own, as what is compiled of one function with two numbers has none in it."""
+        return self.compute(x, rope, 0, None, None, start)
 
 
 class Transformer(nn.Module):
@@ -225,17 +250,21 @@ class Transformer(nn.Module):
             return compiled(padded_logits)(hidden, head.weight)
         return head(hidden)
 
-    def flops_per_sequence(self, length: int) -> float:
+    def flops_per_sequence(self, length: int, start: int = 0) -> float:
         """Arithmetic of a training step on one sequence: forward and backward, recomputation not counted.
 
-        Six operations for each weight of a matrix and token, and the two products of causal attention.
+        Six operations for each weight of a matrix and token, and the two products of causal attention. In front of
+        ``start``, where no hidden state is wanted, the last block needs keys and values, and the head nothing.
         """
         config = self.config
-        assert config.head_dim is not None
+        assert config.head_dim is not None and config.num_kv_heads is not None
         matrices = sum(p.numel() for layer in self.layers for p in layer.parameters() if p.ndim == 2)
-        matrices += self.lm_head.weight.numel()
-        attention = 6 * config.num_layers * config.num_heads * config.head_dim * length**2
-        return 6.0 * matrices * length + attention
+        kept = 2 * config.embed_dim * config.num_kv_heads * config.head_dim
+        unused = matrices // config.num_layers - kept
+        head = self.lm_head.weight.numel()
+        products = (matrices + head) * length - (unused + head) * start
+        heads = config.num_heads * config.head_dim
+        return 6.0 * (products + heads * (config.num_layers * length**2 - start**2))
 
     def rope(self, input_pos: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine (L, d) of positions (L,), computed in float32 and then cast."""
@@ -256,23 +285,27 @@ class Transformer(nn.Module):
             raise ValueError("this transformer has no action layer (action_dim is None), but actions were given")
         return self.action_linear(actions.to(self.action_linear.weight.dtype))
 
-    def backbone(self, embeddings: Tensor, input_pos: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Final normed hidden states (B, L, D) of ``embeddings`` (B, L, D).
+    def backbone(
+        self, embeddings: Tensor, input_pos: Tensor | None = None, cache: Cache | None = None, start: int = 0
+    ) -> Tensor:
+        """Final normed hidden states (B, L - start, D) of ``embeddings`` (B, L, D).
 
         Args:
             embeddings: (B, L, D).
             input_pos: positions (L,), 0..L-1 if None.
             cache: where keys and values of earlier positions are found and those of these are stored.
+            start: the first of the L positions whose hidden state is wanted.
         """
         if input_pos is None:
             input_pos = torch.arange(embeddings.shape[1], device=embeddings.device)
         x, rope = embeddings, self.rope(input_pos, embeddings.dtype)
         recomputes = self.recomputes and cache is None and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
+            first = start if index + 1 == len(self.layers) else 0
             if recomputes:
-                x = checkpoint(layer, x, rope, index, input_pos, None, use_reentrant=False)
+                x = checkpoint(layer, x, rope, index, input_pos, None, first, use_reentrant=False)
             else:
-                x = layer(x, rope, index, input_pos, cache)
+                x = layer(x, rope, index, input_pos, cache, first)
         return self.norm(x)
 
     def forward(

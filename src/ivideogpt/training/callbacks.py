@@ -183,6 +183,6 @@ class Throughput(Callback):
             pl_module.log_dict({f"train/{name}_per_second": rate for name, rate in rates.items()})
             transformer = getattr(pl_module, "transformer", None)
             if self._peak and transformer is not None and not is_sharded(transformer):
-                done = transformer.flops_per_sequence(length) * rates["tokens"] / length
+                done = transformer.flops_per_sequence(length, layout.context_span) * rates["tokens"] / length
                 pl_module.log("train/mfu", done / (self._peak * trainer.world_size))
             self._restart()

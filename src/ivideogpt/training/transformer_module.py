@@ -225,12 +225,12 @@ class TransformerModule(TrainingModule):
             embeddings = embeddings.index_add(1, positions, added.to(embeddings.dtype))
         if self.residual_precision == "bfloat16":
             embeddings = embeddings.to(torch.bfloat16)
-        hidden = transformer.backbone(embeddings)
-        start = layout.prompt_length - 1  # the first dynamics slot predicts the first label
+        start = layout.context_span  # the first dynamics slot, which predicts the first label
+        hidden = transformer.backbone(embeddings, start=start)
         return TeacherForced(
-            logits=transformer.logits(hidden[:, start:]),
+            logits=transformer.logits(hidden),
             labels=layout.labels(tokens)[:, start:],
-            reward_hidden=hidden[:, layout.reward_positions(future, tokens.device)],
+            reward_hidden=hidden[:, layout.reward_positions(future, tokens.device) - start],
         )
 
     def reward_loss(self, predicted: Tensor, batch: dict[str, Any]) -> Tensor:
