@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from weakref import WeakKeyDictionary
-
 import torch
 
 from ivideogpt.models.transformer import Transformer
@@ -12,12 +9,11 @@ from ivideogpt.rollout.cpu import KernelDecoder, supported
 from ivideogpt.rollout.decoder import Decoder
 from ivideogpt.rollout.fused import DTYPES, TorchDecoder
 from ivideogpt.rollout.gpu import why_unavailable
-from ivideogpt.rollout.weights import weights_key
+from ivideogpt.rollout.weights import Kept
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
-_made: WeakKeyDictionary[Transformer, dict[str, tuple[tuple[object, ...], Decoder]]] = WeakKeyDictionary()
-_lock = threading.Lock()
+_decoders: Kept[Decoder] = Kept()
 
 
 def own_precision(transformer: Transformer) -> str:
@@ -46,20 +42,12 @@ def decoder_for(transformer: Transformer, precision: str | None = None) -> Decod
         raise ValueError(f"precision must be auto or one of {', '.join(PRECISIONS)}, got {precision!r}")
     device = transformer.lm_head.weight.device
     obstacle = supported(transformer, precision) if device.type == "cpu" else "it is for CPUs"
-    key = (obstacle, weights_key(transformer))
-    with _lock:
-        made = _made.setdefault(transformer, {})
-        for name in [name for name, (of, _) in made.items() if of[1] != key[1]]:
-            del made[name]
-        if precision not in made or made[precision][0] != key:
-            made[precision] = (key, _make(transformer, precision, device, obstacle))
-        return made[precision][1]
+    return _decoders.get(transformer, (precision, obstacle), lambda: _make(transformer, precision, device, obstacle))
 
 
 def forget(transformer: Transformer, precision: str) -> None:
     """Drops the copy of the weights in one precision."""
-    with _lock:
-        _made.get(transformer, {}).pop(precision, None)
+    _decoders.forget(transformer, lambda options: isinstance(options, tuple) and options[0] == precision)
 
 
 def _make(transformer: Transformer, precision: str, device: torch.device, obstacle: str | None) -> Decoder:

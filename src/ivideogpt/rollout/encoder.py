@@ -6,8 +6,6 @@ B clips, t0 context frames, C channels, H x W pixels, N tokens of a context fram
 from __future__ import annotations
 
 import copy
-import threading
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ from ivideogpt.models.autoencoder import Encoder
 from ivideogpt.models.quantizer import VectorQuantizer
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.rollout.capture import FEW_CLIPS, Captured
-from ivideogpt.rollout.weights import weights_key
+from ivideogpt.rollout.weights import Kept
 
 
 class GraphEncoder:
@@ -41,8 +39,7 @@ class GraphEncoder:
             return [self._codebook.nearest(latents.flatten(2).transpose(1, 2))]
 
 
-_made: WeakKeyDictionary[CompressiveTokenizer, tuple[tuple[object, ...], GraphEncoder]] = WeakKeyDictionary()
-_making = threading.Lock()
+_encoders: Kept[GraphEncoder] = Kept()
 
 
 def graph_encoder_for(tokenizer: CompressiveTokenizer) -> GraphEncoder | None:
@@ -50,9 +47,4 @@ def graph_encoder_for(tokenizer: CompressiveTokenizer) -> GraphEncoder | None:
     if next(tokenizer.parameters()).device.type != "cuda":
         return None
     parts = (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize)
-    key = tuple(weights_key(part) for part in parts)
-    with _making:
-        made = _made.get(tokenizer)
-        if made is None or made[0] != key:
-            made = _made[tokenizer] = (key, GraphEncoder(tokenizer))
-        return made[1]
+    return _encoders.get(tokenizer, None, lambda: GraphEncoder(tokenizer), parts)

@@ -15,10 +15,9 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 from warnings import warn
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from ivideogpt.rollout.cpu.encoder import tiled_encoder_for
 from ivideogpt.rollout.encoder import graph_encoder_for
 from ivideogpt.rollout.gpu import no_kernels
 from ivideogpt.rollout.memory import SHARE, free_memory, is_out_of_memory
-from ivideogpt.rollout.weights import weights_key
+from ivideogpt.rollout.weights import Kept
 
 DECODE_PIXELS = 2**18
 """Pixels that go through the tokenizer at once (64 frames of 64 px, 4 of 256 px); fewer where memory is short."""
@@ -327,9 +326,7 @@ class PixelDecoder:
             at_once //= 2
 
 
-_made: WeakKeyDictionary[CompressiveTokenizer, dict[object, tuple[tuple[object, ...], PixelDecoder]]]
-_made = WeakKeyDictionary()
-_making = threading.Lock()
+_decoders: Kept[PixelDecoder] = Kept()
 
 
 def pixel_decoder_for(
@@ -339,16 +336,9 @@ def pixel_decoder_for(
     products: torch.dtype = torch.float32,
 ) -> PixelDecoder:
     """A :class:`PixelDecoder` of the tokenizer's weights as they are now; one that is at hand if there is one."""
-    key = weights_key(tokenizer)
     dtype = dtype or usual_dtype(tokenizer.post_quant_linear.weight.device)
-    with _making:
-        made = _made.setdefault(tokenizer, {})
-        for old in [old for old, (weights, _) in made.items() if weights != key]:
-            del made[old]
-        options = (dtype, compile, products)
-        if options not in made:
-            made[options] = (key, PixelDecoder(tokenizer, dtype, compile, products=products))
-        return made[options][1]
+    make = partial(PixelDecoder, tokenizer, dtype, compile, products=products)
+    return _decoders.get(tokenizer, (dtype, compile, products), make)
 
 
 def encode_context(tokenizer: CompressiveTokenizer, context_frames: Tensor) -> Tensor:

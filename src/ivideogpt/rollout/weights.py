@@ -1,11 +1,51 @@
-"""Whether a module's weights are still those that something was made from."""
+"""What is made of a module's weights, and whether they are still those that it was made of."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Hashable, Sequence
 from itertools import chain
+from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class Kept(Generic[T]):
+    """What was made of modules' weights, as long as a module lives and its weights stay what they are."""
+
+    def __init__(self) -> None:
+        self._made: WeakKeyDictionary[nn.Module, tuple[object, dict[Hashable, T]]] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def get(self, module: nn.Module, options: Hashable, make: Callable[[], T], parts: Sequence[nn.Module] = ()) -> T:
+        """What ``make`` gives, or gave before of the same weights.
+
+        Args:
+            module: that it is kept with.
+            options: what else it depends on.
+            make: makes one of the weights as they are now; it must not hold ``module``.
+            parts: the submodules whose weights it is made of; all if empty.
+        """
+        key = tuple(weights_key(part) for part in parts or (module,))
+        with self._lock:
+            weights, made = self._made.get(module, (None, {}))
+            if weights != key:
+                made = {}
+                self._made[module] = (key, made)
+            if options not in made:
+                made[options] = make()
+            return made[options]
+
+    def forget(self, module: nn.Module, wanted: Callable[[Hashable], bool]) -> None:
+        """Drops what was made of ``module`` with options that are ``wanted``."""
+        with self._lock:
+            made = self._made.get(module, (None, {}))[1]
+            for options in [options for options in made if wanted(options)]:
+                del made[options]
 
 
 def weights_key(module: nn.Module) -> tuple[object, ...]:

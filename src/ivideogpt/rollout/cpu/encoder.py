@@ -8,9 +8,7 @@ B frames, C channels, H x W pixels, N tokens of a context frame.
 from __future__ import annotations
 
 import copy
-import threading
 from typing import TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +18,7 @@ from ivideogpt.models.quantizer import VectorQuantizer
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.rollout.cpu.build import why_unavailable
 from ivideogpt.rollout.cpu.winograd import tile_encoder
-from ivideogpt.rollout.weights import weights_key
+from ivideogpt.rollout.weights import Kept
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -49,8 +47,7 @@ class TiledEncoder:
             return self._codebook.nearest(entries.flatten(2).transpose(1, 2))
 
 
-_made: WeakKeyDictionary[CompressiveTokenizer, tuple[tuple[object, ...], TiledEncoder]] = WeakKeyDictionary()
-_making = threading.Lock()
+_encoders: Kept[TiledEncoder] = Kept()
 
 
 def tiled_encoder_for(tokenizer: CompressiveTokenizer) -> TiledEncoder | None:
@@ -61,12 +58,7 @@ def tiled_encoder_for(tokenizer: CompressiveTokenizer) -> TiledEncoder | None:
     kinds = {(weight.device.type, weight.dtype) for part in parts for weight in part.parameters()}
     if kinds != {("cpu", torch.float32)} or why_unavailable() is not None:
         return None
-    key = tuple(weights_key(part) for part in parts)
-    with _making:
-        made = _made.get(tokenizer)
-        if made is None or made[0] != key:
-            made = _made[tokenizer] = (key, TiledEncoder(tokenizer))
-        return made[1]
+    return _encoders.get(tokenizer, None, lambda: TiledEncoder(tokenizer), parts)
 
 
 def _copy(module: AnyModule) -> AnyModule:
