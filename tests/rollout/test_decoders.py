@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Callable
 from typing import Any
-from weakref import ref
+from weakref import ReferenceType, ref
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from ivideogpt.rollout.cache import KVCache, Prefix
 from ivideogpt.rollout.fused import TorchDecoder
 from ivideogpt.rollout.graphs import GraphDecoder
 from ivideogpt.rollout.sampling import Sampling, sample_token
+from ivideogpt.rollout.workspace import GraphBranch
 
 VOCAB = 50
 DEVICES = [
@@ -217,6 +218,35 @@ def test_a_rest_without_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(decoder.feed(branch.fork(), own[:, 7:]), expected, atol=2e-4, rtol=1e-4)
 
 
+def test_who_left_a_workspace_is_not_saved_from_it() -> None:
+    model, context = build(), ids(1, 20)
+    decoder = GraphDecoder(model, "float32")
+    branch = decoder.branch(decoder.prefill(context), 1, 12)
+    one, two, three, four = (ids(1, 3, seed=seed) for seed in range(1, 5))
+    decoder.feed(branch, one)
+    stays = branch.fork()
+    branch.rest()
+    decoder.feed(branch, two)  # in another place
+    decoder.feed(stays, three)
+    for fork, own in ((branch.fork(), [one, two, four]), (stays.fork(), [one, three, four])):
+        expected = uncached(model, context, torch.cat(own, dim=1), {})[:, 6:]
+        torch.testing.assert_close(decoder.feed(fork, four), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_nobody_marks_buffers_that_he_has_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another stream the mark would hide work that is still under way."""
+    decoder = GraphDecoder(build(), "float32")
+    branch = decoder.branch(decoder.prefill(ids(1, 20)), 1, 12)
+    decoder.feed(branch, ids(1, 3))
+    order: list[str] = []
+    monkeypatch.setattr(workspace.Workspace, "wait", lambda self: order.append("wait"))
+    monkeypatch.setattr(workspace.Workspace, "mark", lambda self: order.append("mark"))
+    for use in (branch.rest, branch.fork, branch.fork, lambda: decoder.feed(branch, ids(1, 1)), branch.fork):
+        order.clear()
+        use()
+        assert order[0] == "wait" and order[-1] == "mark", order
+
+
 def no_memory(*args: Any) -> Any:
     raise torch.OutOfMemoryError("no room")
 
@@ -309,11 +339,15 @@ def test_a_decoder_goes_with_its_last_user(kind: type[TorchDecoder]) -> None:
     gc.disable()
     try:
         decoder = kind(build(), "float32")
-        branch = decoder.branch(decoder.prefill(ids(1, 20)), 1, 12)
+        branch: Any = decoder.branch(decoder.prefill(ids(1, 20)), 1, 12)
         decoder.sample(branch, ids(1, 1), None, torch.zeros(1, 2), Sampling())
         gone = ref(decoder)
         del decoder
         assert gone() is None
+        if isinstance(branch, GraphBranch):
+            buffers = ref(branch.workspace.cache.keys)
+            del branch
+            assert buffers() is None
     finally:
         gc.enable()
 
@@ -333,16 +367,21 @@ def test_workspaces_are_given_up_where_memory_is_short(monkeypatch: pytest.Monke
     prefix = decoder.prefill(ids(1, 20))
     decoder.branch(prefix, 3, 12)  # gone at once, its workspace stays
     made: list[int] = []
+    tried: list[ReferenceType[Tensor]] = []
+    left: list[object] = []
 
     class Tight(KVCache):
         def __init__(self, prefix: Prefix, samples: int, capacity: int) -> None:
             made.append(len(decoder._workspaces.all))
+            tried.append(ref(prefix.keys))
             if decoder._workspaces.all:
                 raise torch.OutOfMemoryError("no room")
             super().__init__(prefix, samples, capacity)
 
     monkeypatch.setattr(workspace, "KVCache", Tight)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.extend(tensor() for tensor in tried))
     branch = decoder.branch(prefix, 4, 12)
+    assert left == [None]  # nothing of the first try is there while the second one is made
     assert made == [1, 0] and decoder._workspaces.all == [branch.workspace]
 
 

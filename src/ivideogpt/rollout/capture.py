@@ -31,12 +31,44 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-@contextmanager
-def recording(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
-    """What is run inside becomes ``graph``, on the current GPU; hold :data:`capturing`."""
-    # a stream of this GPU: without one torch takes the one that it made for the first capture, maybe on another
-    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
-        yield
+class Recorder:
+    """Captures graphs of one GPU, all of its own on one stream.
+
+    Graphs that share a pool of memory use it again only within a stream, and libraries keep memory for each stream. Two
+    recorders have two, as their graphs may run at the same time. Its methods are called inside of :meth:`held`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No other capture goes on inside, and the recorder's GPU is the current one."""
+        with capturing, on(self._device):
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+            yield
+
+    def warm_up(self, run: Callable[[], object], times: int = 1) -> None:
+        """Runs what is going to be captured, so that libraries allocate what they do not allocate again."""
+        stream = self._stream
+        assert stream is not None
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(times):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    @contextmanager
+    def recording(self, graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+        """What is run inside becomes ``graph``."""
+        before = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                yield
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails leaves the thread on its stream
 
 
 @dataclass
@@ -66,6 +98,7 @@ class Captured:
         self._name, self._most = name, most
         self._lock = threading.Lock()
         self._graphs: dict[object, _Graph | None] | None = {}
+        self._recorder: Recorder | None = None
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The outputs, in memory of their own."""
@@ -108,15 +141,12 @@ class Captured:
     def _capture(self, inputs: tuple[Tensor, ...]) -> _Graph | None:
         try:
             # ordinary tensors, which may be written to in and out of inference mode
-            with capturing, on(inputs[0].device), torch.inference_mode(False), torch.no_grad():
+            recorder = self._recorder = self._recorder or Recorder(inputs[0].device)
+            with recorder.held(), torch.inference_mode(False), torch.no_grad():
                 inputs = tuple(given.clone() for given in inputs)
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    self._function(*inputs)
-                torch.cuda.current_stream().wait_stream(side)
+                recorder.warm_up(lambda: self._function(*inputs))
                 graph = torch.cuda.CUDAGraph()
-                with recording(graph):
+                with recorder.recording(graph):
                     outputs = tuple(self._function(*inputs))
                 return _Graph(graph, inputs, outputs, torch.cuda.Event())
         except RuntimeError as error:

@@ -7,6 +7,7 @@ B clips, S rows a clip, R = B*S rows, P positions of the prefix, L lead tokens, 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from warnings import warn
 from weakref import proxy
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ivideogpt.models.transformer import Transformer
 from ivideogpt.rollout.cache import KVCache, Prefix
-from ivideogpt.rollout.capture import Captured, capturing, on, recording
+from ivideogpt.rollout.capture import Captured, Recorder, on
 from ivideogpt.rollout.decoder import Sampled
 from ivideogpt.rollout.fused import TorchDecoder
 from ivideogpt.rollout.sampling import Sampling, sample_token
@@ -43,6 +44,7 @@ class GraphDecoder(TorchDecoder):
         super().__init__(transformer, precision)
         self._workspaces = Workspaces(self.device)
         self._captures = self.device.type == "cuda"
+        self._recorder = Recorder(self.device)
         self._prefill = Captured(self._keys_values, "the context")
 
     def prefill(self, tokens: Tensor) -> Prefix:
@@ -161,11 +163,11 @@ class GraphDecoder(TorchDecoder):
         lead, uniforms = (x.clone(memory_format=torch.contiguous_format) for x in (lead, uniforms))
         actions = None if actions is None else actions.clone(memory_format=torch.contiguous_format)
         outputs: list[Tensor] = []
-        decoder = proxy(self)  # which owns the workspace
+        decoder = proxy(self)  # which owns the workspace, which owns what is made here
+        start, cache = workspace.start, workspace.cache
 
         def draw() -> Iterator[None]:
             outputs.clear()
-            start, cache = workspace.start, workspace.cache
             return decoder.draw(cache, lead, start, actions, action_at, uniforms, sampling, outputs)
 
         def run_eagerly() -> None:
@@ -190,19 +192,13 @@ class GraphDecoder(TorchDecoder):
     def _capture(self, draw: Callable[[], Iterator[None]], counts: list[int]) -> list[torch.cuda.CUDAGraph]:
         """A graph of each of the next ``counts`` pauses of what ``draw`` gives."""
         graphs: list[torch.cuda.CUDAGraph] = []
-        with capturing, on(self.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP_RUNS):
-                    for _ in draw():
-                        pass
-            torch.cuda.current_stream().wait_stream(side)
+        with self._recorder.held():
+            self._recorder.warm_up(lambda: deque(draw(), maxlen=0), WARM_UP_RUNS)
             steps = draw()
             for count in counts:
                 graph = torch.cuda.CUDAGraph()
                 pool = graphs[0].pool() if graphs else None
-                with recording(graph, pool):
+                with self._recorder.recording(graph, pool):
                     for _ in range(count):
                         next(steps)
                 graphs.append(graph)

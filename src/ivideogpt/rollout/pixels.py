@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ivideogpt.models.conditional import KeysValues
 from ivideogpt.models.tokenizer import CompressiveTokenizer, entries_to_grid, patches_to_grid
-from ivideogpt.rollout.capture import GRAPHS, Captured, capturing, on, recording
+from ivideogpt.rollout.capture import GRAPHS, Captured, Recorder, on
 from ivideogpt.rollout.cpu import why_unavailable, winograd
 from ivideogpt.rollout.cpu.encoder import tiled_encoder_for
 from ivideogpt.rollout.encoder import graph_encoder_for
@@ -135,6 +135,7 @@ class PixelDecoder:
         self.config = tokenizer.config
         self._lock = threading.Lock()
         self._graphs: dict[torch.Size, _Graph | None] | None = {} if graphs and self.device.type == "cuda" else None
+        self._recorder = Recorder(self.device)
         with torch.inference_mode(False), torch.no_grad():
             self._codebook = self._copy(tokenizer.quantize)
             self._to_latents = self._copy(tokenizer.post_quant_conv)
@@ -284,16 +285,12 @@ class PixelDecoder:
         """A graph of decoding such a batch, None if it cannot be captured."""
         try:
             # ordinary tensors, which may be written to in and out of inference mode
-            with capturing, on(self.device), torch.inference_mode(False), torch.no_grad():
+            with self._recorder.held(), torch.inference_mode(False), torch.no_grad():
                 indices = indices.clone()
                 keys_values = tuple((k.clone(), v.clone()) for k, v in keys_values)
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    self._run(indices, keys_values)
-                torch.cuda.current_stream().wait_stream(side)
+                self._recorder.warm_up(lambda: self._run(indices, keys_values))
                 graph = torch.cuda.CUDAGraph()
-                with recording(graph):
+                with self._recorder.recording(graph):
                     frames = self._run(indices, keys_values)
                 return _Graph(graph, indices, keys_values, frames, torch.cuda.Event())
         except RuntimeError as error:

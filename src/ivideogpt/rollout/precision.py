@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ivideogpt.layout import TokenLayout
 from ivideogpt.models.transformer import Transformer
+from ivideogpt.rollout.capture import capturing
 from ivideogpt.rollout.choice import available_precisions, decoder_for, forget
 from ivideogpt.rollout.decoder import Branch, Decoder
 from ivideogpt.rollout.frame import Drawing, FrameState, next_frame
@@ -166,4 +167,5 @@ def resolve_precision(
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        with capturing:  # which waiting for the device would break
+            torch.cuda.synchronize(device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ReferenceType, WeakSet, ref
@@ -82,7 +83,7 @@ class GraphBranch:
                 workspace.mark()
                 self.waiting = waiting
                 self._rested = _Rested(prefix, workspace.cache.samples, self.capacity, workspace.used)
-                workspace.branches.discard(self)
+                workspace.leave(self)
                 self._workspace = None
 
 
@@ -101,10 +102,10 @@ class _Rested:
             if self.copied is not None:
                 torch.cuda.current_stream().wait_event(self.copied)
             workspace = workspaces.take(self.prefix, self.samples, self.capacity)
-            for read in (self.prefix.keys, self.prefix.values):
-                if read.is_cuda:  # on this stream, maybe another than the one it was made on
-                    read.record_stream(torch.cuda.current_stream())
-            workspace.mark()
+            with workspace.lock:
+                workspace.wait()
+                _read_here(self.prefix.keys, self.prefix.values)
+                workspace.mark()
         return workspace
 
 
@@ -171,6 +172,8 @@ class Workspace:
     def filled(self, branch: GraphBranch) -> tuple[Tensor, Tensor]:
         """Copies of the branch's own keys and values."""
         keys, values = (self.cache.keys, self.cache.values) if branch.waiting is None else branch.waiting
+        if branch.waiting is not None:
+            _read_here(*branch.waiting)
         assert branch.waiting is not None or branch.length == 0 or self._resident() is branch
         return keys[..., : branch.length, :].clone(), values[..., : branch.length, :].clone()
 
@@ -185,14 +188,25 @@ class Workspace:
             filled = branch.waiting[0].shape[3]
             self.cache.keys[..., :filled, :] = branch.waiting[0]
             self.cache.values[..., :filled, :] = branch.waiting[1]
-            for read in branch.waiting:
-                if read.is_cuda:  # on this stream, maybe another than the one it was made on: not to be reused before
-                    read.record_stream(torch.cuda.current_stream())
+            _read_here(*branch.waiting)
             branch.waiting = None
         self.resident = ref(branch)
 
+    def leave(self, branch: GraphBranch) -> None:
+        """The branch goes on elsewhere, with copies of all that it needs."""
+        self.branches.discard(branch)
+        if self._resident() is branch:
+            self.resident = None
+
     def _resident(self) -> GraphBranch | None:
         return None if self.resident is None else self.resident()
+
+
+def _read_here(*tensors: Tensor) -> None:
+    """Their memory is not used again before the current stream, maybe not the one they were made on, has read them."""
+    for read in tensors:
+        if read.is_cuda:
+            read.record_stream(torch.cuda.current_stream())
 
 
 class Workspaces:
@@ -231,9 +245,10 @@ class Workspaces:
             return Workspace(KVCache(buffers, samples, capacity), start)
 
         self._drop_idle(IDLE_WORKSPACES - 1)
-        try:
+        workspace = None
+        with suppress(torch.OutOfMemoryError):
             workspace = make()
-        except torch.OutOfMemoryError:
+        if workspace is None:  # and the error is gone, which kept what had been allocated before it
             self._drop_idle(0)
             torch.cuda.empty_cache()
             workspace = make()
@@ -246,6 +261,8 @@ class Workspaces:
     def _drop_idle(self, kept: int) -> None:
         idle = self._idle()
         for workspace in idle[: max(0, len(idle) - kept)]:
+            if workspace.used is not None:
+                workspace.used.synchronize()  # its memory is used again as if all had run on the stream that made it
             self.all.remove(workspace)
 
     @property
