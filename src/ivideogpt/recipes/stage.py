@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import filecmp
 import json
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -18,23 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, seed_everything
 from rich.console import Console
 from rich.markup import escape
 
 from ivideogpt.recipes.adapters import base_reference, find_whole_base, make_adapter
 from ivideogpt.recipes.checking import BASES, build_arguments, trains
 from ivideogpt.recipes.classes import arguments, defaults, import_class
-from ivideogpt.recipes.loggers import all_loggers, finish_wandb, place_wandb
+from ivideogpt.recipes.fitting import check_fit
+from ivideogpt.recipes.loggers import finish_wandb, place_wandb
 from ivideogpt.recipes.parts import PartBuilder, check_initial_weights, part_arguments, several_spaces, source_folder
 from ivideogpt.recipes.reading import Node
 from ivideogpt.recipes.results import differences, fingerprint, read_record, save_tokenizer, write_record, write_text
-from ivideogpt.training.callbacks import SeededUpdates
-from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, Preempted, latest_checkpoint
-from ivideogpt.training.progress import UpdateProgress
+from ivideogpt.recipes.trainer import build_trainer, interrupts_raised
 from ivideogpt.training.sharding import is_sharded, whole_state
 from ivideogpt.zoo.adapter import save_adapter
 from ivideogpt.zoo.checkpoint import FILES, Parts, save_parts
@@ -42,7 +34,6 @@ from ivideogpt.zoo.folder import finish_interrupted_save
 from ivideogpt.zoo.hub import copy_to
 from ivideogpt.zoo.published import Published
 
-PART_NAMES = ("tokenizer", "transformer")
 HARMLESS = {
     "trainer": ("enable_model_summary", "enable_progress_bar", "log_every_n_steps", "logger", "profiler"),
     "data": ("num_workers", "verify"),
@@ -113,11 +104,12 @@ class Stage:
         module = self.build_module(builder)
         data = self._build(LightningDataModule, "data")
         check_fit(module, data, self.name)
-        trainer, checkpoint = self._trainer(record["started"])
+        wanted = place_wandb(dict(self.config["trainer"]), self.folder, self.recipe_name, self.name, record["started"])
+        trainer, checkpoint = build_trainer(wanted, f"stages.{self.name}", self.folder, self.seed)
         if trainer.is_global_zero:
             write_record(self.folder, record)
         if trains(type(module)):
-            with _interrupts_raised(trainer):
+            with interrupts_raised(trainer):
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             state = whole_state(module) if is_sharded(module) else None  # all processes take part in it
             if trainer.is_global_zero:
@@ -127,7 +119,7 @@ class Stage:
                     module.load_state_dict(state)
                 self.save(module, builder, trainer.global_step, self.folder)
         else:
-            with _interrupts_raised(trainer):
+            with interrupts_raised(trainer):
                 trainer.test(module, datamodule=data, verbose=False)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
@@ -262,33 +254,6 @@ class Stage:
             layers.take(loaded.action_layers)
         return module
 
-    def _trainer(self, started: str) -> tuple[Trainer, Path | None]:
-        settings = place_wandb(dict(self.config["trainer"]), self.folder, self.recipe_name, self.name, started)
-        kwargs = build_arguments(Trainer, settings, f"stages.{self.name}.trainer", skip=("default_root_dir",))
-        found = latest_checkpoint(self.folder / "checkpoints")
-        step = 0 if found is None else found[0]
-        callbacks = kwargs.pop("callbacks", None) or []
-        callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), SeededUpdates(self.seed)]
-        if not any(isinstance(callback, Checkpoints) for callback in callbacks):
-            callbacks.append(Checkpoints())
-        own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        if kwargs.get("enable_progress_bar") is not False and not own_bar:
-            callbacks.append(UpdateProgress(self.name))
-        loggers = all_loggers(kwargs.pop("logger", None), self.folder, step)
-        plugins = kwargs.pop("plugins", None) or []
-        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        if "num_sanity_val_steps" not in settings:
-            kwargs["num_sanity_val_steps"] = 0
-        if "enable_model_summary" not in settings:
-            kwargs["enable_model_summary"] = False
-        try:
-            trainer = Trainer(
-                **kwargs, default_root_dir=self.folder, callbacks=callbacks, logger=loggers, plugins=plugins
-            )
-        except MisconfigurationException as error:
-            raise ValueError(f"stages.{self.name}.trainer: {error}") from error
-        return trainer, None if found is None else found[1]
-
     def save(self, module: Any, builder: PartBuilder, updates: int, folder: Path) -> None:
         """Writes the weights that the stage makes.
 
@@ -322,33 +287,6 @@ class Stage:
         save_parts(folder, parts)
 
 
-def check_fit(module: Any, data: Any, stage: str) -> None:
-    """Refuses a module and data that do not go together, before the first update.
-
-    Raises:
-        ValueError: with the two values that differ.
-    """
-    parts = getattr(module, "world_model", module)
-    tokenizer, transformer = (getattr(getattr(parts, name, None), "config", None) for name in PART_NAMES)
-    if tokenizer is None:
-        return
-    if transformer is None and trains(type(module)) and getattr(data, "tokenizer_hash", None) is not None:
-        raise ValueError(f"stages.{stage}: a tokenizer is trained on pixels, the data are tokens; use VideoDataModule")
-    pairs = [("resolution", tokenizer.resolution, "resolution"), ("context_length", tokenizer.context_length, None)]
-    if transformer is not None and transformer.action_dim is not None:
-        pairs.append(("action_dim", transformer.action_dim, "action_dim"))
-    data.prepare_data()
-    for name, wanted, attribute in pairs:
-        found = getattr(data, attribute or name, wanted)
-        if found != wanted:
-            raise ValueError(
-                f"stages.{stage}: the model's {name} is {wanted}, that of the data is {found}; change one of the two"
-            )
-    trains_rewards = trains(type(module)) and getattr(module, "reward_head", None) is not None
-    if trains_rewards and not getattr(data, "has_rewards", True):
-        raise ValueError(f"stages.{stage}: the model has a reward head and the data have no rewards; leave it out")
-
-
 def is_finished(folder: Path) -> bool:
     """Whether the stage in ``folder`` has been finished, be it with these settings or with others."""
     record = read_record(folder)
@@ -364,24 +302,6 @@ def compose_model(stage_folder: Path, output: Path) -> None:
     stale = [name for name in FILES if name not in names and (model / name).is_file()]
     if stale or filecmp.cmpfiles(stage_folder, model, names, shallow=False)[0] != names:
         copy_to(stage_folder, model)
-
-
-@contextlib.contextmanager
-def _interrupts_raised(trainer: Trainer) -> Iterator[None]:
-    """Turns the silent exit that Lightning makes of Ctrl-C back into a KeyboardInterrupt."""
-    handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
-    try:
-        yield
-    except Preempted as ended:
-        if trainer.is_global_zero:
-            print(ended, file=sys.stderr)
-        raise
-    except SystemExit as error:
-        if trainer.state.status != TrainerStatus.INTERRUPTED:
-            raise
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt from error
 
 
 def _now() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from warnings import warn
 
@@ -71,6 +71,21 @@ class TrainingModule(LightningModule):
         part.requires_grad_(False)
         part.eval()
         self._frozen.append(name)
+
+    def freeze_by_name(self, name: str, parts: Sequence[str]) -> None:
+        """Freezes what a user names: one of the ``parts`` of this module, or a submodule of one, as ``part.submodule``.
+
+        Raises:
+            ValueError: if there is none, naming those that there are.
+        """
+        top = name.partition(".")[0]
+        if top not in parts or getattr(self, top) is None:
+            raise ValueError(f"freeze: {name!r} is no part of {' or '.join(parts)}")
+        try:
+            self.freeze_part(name)
+        except AttributeError:
+            children = sorted(f"{top}.{child}" for child, _ in getattr(self, top).named_children())
+            raise ValueError(f"freeze: there is no {name!r}; parts are {[top, *children]}") from None
 
     def trained_parts(self) -> list[nn.Module]:
         """Submodules that the optimizer trains."""

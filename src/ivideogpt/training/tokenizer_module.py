@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class TokenizerModule(TrainingModule):
         accumulate: batches of an update with a discriminator; without, use the trainer's `accumulate_grad_batches`.
         max_bad_updates: updates in a row with a loss that is not finite that are left out before the training stops.
         loss_limit: a larger loss counts as one that is not finite.
+        freeze: names of submodules that stay as they are, such as ``"tokenizer.encoder"``.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class TokenizerModule(TrainingModule):
         accumulate: int = 1,
         max_bad_updates: int = 0,
         loss_limit: float | None = None,
+        freeze: Sequence[str] = (),
     ) -> None:
         super().__init__(
             learning_rate, schedule, warmup_updates, weight_decay, betas, gradient_clip, max_bad_updates, loss_limit
@@ -98,6 +100,8 @@ class TokenizerModule(TrainingModule):
             config = tokenizer.config
             sizes = (config.codebook_size, config.dynamics_codebook_size)
             self.restarts = nn.ModuleList(CodebookRestart(size, codebook_restart) for size in sizes)
+        for name in freeze:
+            self.freeze_by_name(name, ("tokenizer",))
         self._choices: list[tuple[Tensor, Tensor]] | None = None
         self._restarted = (0.0, 0.0)
 

@@ -148,7 +148,7 @@ class TransformerModule(TrainingModule):
         for name in add_lora(transformer, self.lora) if self.lora is not None else ():
             self.freeze_part(f"transformer.{name}")
         for name in freeze:
-            self._freeze_by_name(name)
+            self.freeze_by_name(name, ("transformer", "reward_head"))
         self.normalizes = action_mean is not None or action_statistics_from_data
         self.action_statistics_from_data, self.action_warmup_updates = (
             action_statistics_from_data,
@@ -161,16 +161,6 @@ class TransformerModule(TrainingModule):
                 f"{list(freeze)}"
             )
         self.reward_correlation = PearsonCorrCoef()
-
-    def _freeze_by_name(self, name: str) -> None:
-        top = name.partition(".")[0]
-        if top not in ("transformer", "reward_head") or getattr(self, top) is None:
-            raise ValueError(f"freeze: {name!r} is no part of the transformer or the reward head")
-        try:
-            self.freeze_part(name)
-        except AttributeError:
-            children = sorted(f"{top}.{child}" for child, _ in getattr(self, top).named_children())
-            raise ValueError(f"freeze: there is no {name!r}; parts are {[top, *children]}") from None
 
     def setup(self, stage: str) -> None:
         """Refuses token sets that were not made for this model (here, for later the weights may be of low precision).

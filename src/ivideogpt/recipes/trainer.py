@@ -1,0 +1,76 @@
+"""The trainer of a stage, and how it is interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from ivideogpt.recipes.checking import build_arguments
+from ivideogpt.recipes.loggers import all_loggers
+from ivideogpt.recipes.reading import Node
+from ivideogpt.training.callbacks import SeededUpdates
+from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, Preempted, latest_checkpoint
+from ivideogpt.training.progress import UpdateProgress
+
+
+def build_trainer(settings: Node, where: str, folder: Path, seed: int) -> tuple[Trainer, Path | None]:
+    """The stage's trainer, and the checkpoint that it goes on from.
+
+    Args:
+        settings: its arguments, checked.
+        where: the place of the stage in the recipe.
+        folder: of the stage.
+        seed: of the recipe.
+
+    Raises:
+        ValueError: if Lightning refuses a setting.
+    """
+    kwargs = build_arguments(Trainer, settings, f"{where}.trainer", skip=("default_root_dir",))
+    found = latest_checkpoint(folder / "checkpoints")
+    step = 0 if found is None else found[0]
+    callbacks = kwargs.pop("callbacks", None) or []
+    callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), SeededUpdates(seed)]
+    if not any(isinstance(callback, Checkpoints) for callback in callbacks):
+        callbacks.append(Checkpoints())
+    own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+    if kwargs.get("enable_progress_bar") is not False and not own_bar:
+        callbacks.append(UpdateProgress(where.rpartition(".")[2]))
+    loggers = all_loggers(kwargs.pop("logger", None), folder, step)
+    plugins = kwargs.pop("plugins", None) or []
+    plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+    if "num_sanity_val_steps" not in settings:
+        kwargs["num_sanity_val_steps"] = 0
+    if "enable_model_summary" not in settings:
+        kwargs["enable_model_summary"] = False
+    try:
+        trainer = Trainer(**kwargs, default_root_dir=folder, callbacks=callbacks, logger=loggers, plugins=plugins)
+    except MisconfigurationException as error:
+        raise ValueError(f"{where}.trainer: {error}") from error
+    return trainer, None if found is None else found[1]
+
+
+@contextlib.contextmanager
+def interrupts_raised(trainer: Trainer) -> Iterator[None]:
+    """Turns the silent exit that Lightning makes of Ctrl-C back into a KeyboardInterrupt."""
+    handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    try:
+        yield
+    except Preempted as ended:
+        if trainer.is_global_zero:
+            print(ended, file=sys.stderr)
+        raise
+    except SystemExit as error:
+        if trainer.state.status != TrainerStatus.INTERRUPTED:
+            raise
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from error
