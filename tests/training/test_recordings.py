@@ -46,3 +46,21 @@ def test_packed_recordings_train_each_module(
         assert torch.isfinite(run.callback_metrics["train/loss"])
         after = getattr(model, part).state_dict()
         assert any(not torch.equal(value, before[key]) for key, value in after.items()), part
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer", "reward"])
+def test_pixels_train_in_true_bfloat16(
+    kind: str, augment: bool, tiny_world_model: Any, data: Any, trainer: Any
+) -> None:
+    model = tiny_world_model(action_dim=3, reward=True)
+    modules: dict[str, Any] = {
+        "tokenizer": lambda: TokenizerModule(model.tokenizer, perceptual_weight=0.0),
+        "transformer": lambda: TransformerModule(model.transformer, model.tokenizer, model.reward_head),
+        "reward": lambda: RewardModule(model.reward_head, model.transformer, model.tokenizer),
+    }
+    module = modules[kind]()
+    run = trainer(precision="bf16-true")
+    run.fit(module, datamodule=data(augment=augment))
+    assert {p.dtype for part in module.trained_parts() for p in part.parameters()} == {torch.bfloat16}
+    assert run.callback_metrics["train/loss"].isfinite()

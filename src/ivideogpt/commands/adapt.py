@@ -6,16 +6,18 @@ import argparse
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivideogpt.commands.arguments import at_least
+from ivideogpt.commands.arguments import add_model, at_least
 
 if TYPE_CHECKING:
     from ivideogpt.metrics.clips import ClipSet
     from ivideogpt.world_model import WorldModel
+    from ivideogpt.zoo.checkpoint import Parts
 
-RECIPE = "adapt"
+RECIPE, RECIPE_STAGE = "adapt", "tokenizer"
 COLUMNS = ("reconstruction PSNR", "prediction PSNR", "prediction SSIM", "prediction MSE")
 
 
@@ -26,11 +28,12 @@ def add_parser(subparsers: Any) -> None:
     command = parts.add_parser(
         "tokenizer",
         help="train the tokenizer, leave the transformer, measure before and after",
-        description="Trains a model's tokenizer on new recordings, leaves its transformer as it is (the zero-shot "
-        "setting of arXiv 2405.15223), and compares reconstructions and predictions of held-out episodes before and "
-        "after. The same command goes on where it was stopped.",
+        description="Trains the decoders of a model's tokenizer on new recordings, leaves its transformer as it is "
+        "(the zero-shot setting of arXiv 2405.15223), and compares reconstructions and predictions of held-out "
+        "episodes before and after. The encoders and codebooks stay, so that tokens mean what the transformer learnt "
+        "of them; `tokenizer.module.freeze=[]` trains them as well. The same command goes on where it was stopped.",
     )
-    command.add_argument("--model", required=True, metavar="M", help="zoo name, Hub id or folder")
+    add_model(command)
     command.add_argument("--data", required=True, metavar="SHARDS", help="shard set to train on")
     command.add_argument("--heldout", required=True, metavar="SHARDS", help="shard set to measure on")
     command.add_argument("--out", required=True, metavar="FOLDER", help="folder of everything that it writes")
@@ -45,6 +48,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures, trains, puts the tokenizer under the transformer, measures again."""
+    import torch
+    from lightning.pytorch.utilities import rank_zero_only
     from rich.console import Console
     from rich.table import Table
 
@@ -52,35 +57,76 @@ def run(args: argparse.Namespace) -> None:
     from ivideogpt import recipes
     from ivideogpt.metrics.clips import ClipSet
     from ivideogpt.metrics.protocols import EvaluationProtocol
-    from ivideogpt.recipes.results import load_tokenizer
+    from ivideogpt.metrics.results import versions
+    from ivideogpt.zoo.checkpoint import save_parts
+    from ivideogpt.zoo.hub import resolve
 
     out = Path(args.out)
-    wm = ivideogpt.from_pretrained(args.model)
+    first = getattr(rank_zero_only, "rank", 0) in (
+        None,
+        0,
+    )  # of a training in several processes, which start this command each
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    open_model = partial(ivideogpt.from_pretrained, device=device, dtype=args.dtype, action_space=args.action_space)
+    source = resolve(args.model, args.revision)
+    wm = open_model(source)
     protocol = (
         EvaluationProtocol()
         .changed(horizon=args.horizon, temperature=0.0, metrics=("psnr", "ssim", "mse"), fvd=None)
         .settled(wm.config)
     )
     clips = ClipSet.open(args.heldout, protocol).at_most(args.limit)
-    before = measure(wm, clips)
+    before = measure(wm, clips) if first else {}
+    kind, _, number = device.partition(":")
     words = [f"output={out / 'training'}", f"tokenizer.module.tokenizer.from={args.model}"]
+    words += [] if args.revision is None else [f"tokenizer.module.tokenizer.revision={args.revision}"]
+    words += [f"tokenizer.trainer.accelerator={'gpu' if kind == 'cuda' else kind}"]
+    words += [f"tokenizer.trainer.devices=[{number}]"] if number else []
     words += [f"tokenizer.data.train={args.data}", f"tokenizer.data.val={args.heldout}"]
     words += [f"tokenizer.data.resolution={wm.config.tokenizer.resolution}"]
     words += [f"tokenizer.data.context_length={wm.config.context_length}"]
     words += [] if args.updates is None else [f"tokenizer.trainer.max_steps={args.updates}"]
     folder = recipes.run(RECIPE, [*words, *args.overrides])
     assert folder is not None
-    wm.tokenizer.load_state_dict(load_tokenizer(folder / "tokenizer").state_dict())
-    wm.save_pretrained(out / "model")
-    after = measure(ivideogpt.from_pretrained(out / "model"), clips)
+    if not first:
+        return
+    save_parts(out / "model", adapted(source, args.model, folder))
+    after = measure(open_model(out / "model"), clips)
     table = Table("", *COLUMNS, title=f"{args.model} on {len(clips)} clips of {args.heldout}", title_justify="left")
     for name, found in (("before", before), ("after", after)):
         table.add_row(name, *(f"{found[column]:.4g}" for column in COLUMNS))
     Console().print(table)
+    trained = json.loads((folder / "tokenizer" / "summary.json").read_text(encoding="utf-8"))
     record = {"command": shlex.join(["ivideogpt", *sys.argv[1:]]), "model": args.model, "data": args.data,
-              "heldout": args.heldout, "clips": len(clips), "before": before, "after": after}  # fmt: skip
+              "heldout": args.heldout, "clips": len(clips), "device": device, "versions": versions(),
+              "finished": trained["finished"], "updates": trained["updates"], "training_seconds": trained["seconds"],
+              "before": before, "after": after}  # fmt: skip
     (out / "adapt.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"{out / 'model'}: the adapted model; {out / 'adapt.json'}: what was measured")
+
+
+def adapted(source: str | Path, name: str, training: Path) -> Parts:
+    """The whole model with the tokenizer that the recipe has trained, and what it was made from.
+
+    Args:
+        source: folder of the model that it started from.
+        name: by which the user named that.
+        training: output folder of the recipe.
+    """
+    from ivideogpt.recipes.results import load_tokenizer, read_record
+    from ivideogpt.zoo.checkpoint import load_parts
+
+    parts, record = load_parts(source), read_record(training / RECIPE_STAGE)
+    assert record is not None
+    parts.tokenizer.load_state_dict(load_tokenizer(training / RECIPE_STAGE).state_dict())
+    parts.extras |= {
+        "recipe": RECIPE,
+        "training": {"stage": RECIPE_STAGE, "updates": record["updates"], "seed": record["settings"]["seed"]},
+    }
+    if not Path(name).expanduser().is_dir():
+        parts.extras["base_model"] = name
+    parts.published.recipe = (training / RECIPE_STAGE / "recipe.yaml").read_text(encoding="utf-8")
+    return parts
 
 
 def measure(wm: WorldModel, clips: ClipSet) -> dict[str, float]:
@@ -99,7 +145,7 @@ def measure(wm: WorldModel, clips: ClipSet) -> dict[str, float]:
     context, values = wm.config.context_length, []
     with torch.inference_mode():
         for batch in clips:
-            video = to_float(batch["video"])
+            video = to_float(batch["video"].to(wm.device))
             tokens, _ = wm.tokenizer.tokenize(video)
             again = wm.tokenizer.detokenize(tokens).clamp(0, 1)
             values.append(psnr(again[:, context:], video[:, context:]).mean(dim=1))

@@ -318,5 +318,9 @@ class VideoDataModule(PositionDataModule):
         if training and self.augmentation is not None:
             seeds = [crop_seed(self.seed, number) for number in batch["clip"].tolist()]
             cropped = batch.pop("cropped").tolist()
-            return batch | {"video": augment(batch["video"], self.augmentation, seeds, self.resolution, cropped)}
-        return batch | {"video": to_float(batch["video"])}
+            video = augment(batch["video"], self.augmentation, seeds, self.resolution, cropped)
+        else:
+            video = to_float(batch["video"])
+        if self.trainer is not None:  # as it did with what was a float before
+            video = self.trainer.precision_plugin.convert_input(video)
+        return batch | {"video": video}
