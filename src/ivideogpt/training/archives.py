@@ -43,7 +43,7 @@ def _check(file: IO[bytes], path: Path) -> None:
 
 def write_checksum(path: Path) -> None:
     """Writes the checksum of a file that has none inside to ``NAME.crc32`` beside it."""
-    _checksum_file(path).write_text(f"{zlib.crc32(path.read_bytes()):08x}\n", encoding="ascii")
+    _checksum_file(path).write_text(f"{zlib.crc32(path.read_bytes()):08x}", encoding="ascii")
 
 
 def check_checksum(path: Path) -> None:

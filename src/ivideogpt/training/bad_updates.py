@@ -65,7 +65,8 @@ class UpdateJudge:
             NonFiniteLossError: on all processes, after ``max_bad_updates`` bad ones in a row, naming the clips.
         """
         noted, self._noted = self._noted, []
-        values = torch.stack([*(loss for loss, _ in noted), *norms]).tolist()
+        numbers = [*(loss for loss, _ in noted), *norms]
+        values = torch.stack(numbers).tolist() if numbers else []
         report = self._report(values[: len(noted)], values[len(noted) :], [keys for _, keys in noted])
         several = trainer.world_size > 1
         bad = report is not None
