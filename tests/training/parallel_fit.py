@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from ivideogpt.config import RewardHeadConfig, TokenizerConfig, TransformerConfig
 from ivideogpt.data.datamodule import VideoDataModule
+from ivideogpt.models.discriminator import PatchDiscriminator
 from ivideogpt.models.reward_head import RewardHead
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer
@@ -45,12 +46,29 @@ def build(kind: str, **changes: Any) -> TrainingModule:
     return TransformerModule(Transformer(config), tokenizer, head, learning_rate=1e-3, warmup_updates=2, **changes)
 
 
+def spoil(module: TrainingModule, process: int, first: int) -> None:
+    """Makes the losses of one process a billion times larger from update ``first`` on."""
+    losses: Any = module.losses
+
+    def spoilt(*args: Any) -> dict[str, torch.Tensor]:
+        terms: dict[str, torch.Tensor] = losses(*args)
+        bad = module.global_rank == process and module.global_step >= first
+        return {**terms, "loss": terms["loss"] * (1e9 if bad else 1.0)}
+
+    module.losses = spoilt  # type: ignore[assignment]
+
+
 def main(settings: dict[str, Any]) -> None:
     """Trains as the settings say."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     seed_everything(0, verbose=False)
-    module = build(settings["kind"], **settings.get("module", {}))
+    changes = settings.get("module", {})
+    if settings.get("discriminator"):
+        changes = {**changes, "discriminator": PatchDiscriminator(3, 8, 2)}
+    module = build(settings["kind"], **changes)
+    if "spoilt" in settings:
+        spoil(module, *settings["spoilt"])
     data = VideoDataModule(
         settings["shards"], settings["shards"], segment_length=4, context_length=2, resolution=32,
         augment=False, use_rewards=settings["kind"] != "tokenizer", **settings["data"],

@@ -16,7 +16,7 @@ from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, late
 from ivideogpt.training.logs import MetricsCSV
 from ivideogpt.training.progress import format_seconds, remaining_seconds
 
-STATE = {"state_dict": {"x": torch.ones(3)}, "global_step": 1, "loops": {}}
+STATE = {"state_dict": {"x": torch.ones(3)}, "optimizer_states": [], "global_step": 1, "loops": {}}
 
 
 class FullDisk:
@@ -45,6 +45,55 @@ def test_newest_checkpoint_that_loads_is_taken(tmp_path: Path) -> None:
     (tmp_path / ".update-000020.ckpt.partial").write_bytes(b"half")
     with pytest.warns(UserWarning, match=r"skipping the checkpoint .*update-000015.ckpt, which does not load"):
         assert latest_checkpoint(tmp_path) == (10, tmp_path / "update-000010.ckpt")
+
+
+def test_zeros_in_the_middle_of_a_checkpoint_are_found(tmp_path: Path) -> None:
+    big = {**STATE, "state_dict": {"x": torch.rand(10_000)}}
+    for update in (1, 2):
+        AtomicCheckpointIO().save_checkpoint(big, tmp_path / f"update-{update:06d}.ckpt")
+    with open(tmp_path / "update-000002.ckpt", "r+b") as file:
+        file.seek(20_000)
+        file.write(bytes(4096))
+    assert AtomicCheckpointIO().load_checkpoint(tmp_path / "update-000002.ckpt")["global_step"] == 1  # torch does not
+    with pytest.warns(UserWarning, match=r"update-000002.ckpt, which does not load: .*checksum of '.*data/0' is wrong"):
+        assert latest_checkpoint(tmp_path) == (1, tmp_path / "update-000001.ckpt")
+
+
+@pytest.mark.parametrize("key", list(STATE))
+def test_a_checkpoint_without_what_a_resume_needs_is_skipped(tmp_path: Path, key: str) -> None:
+    state = {name: value for name, value in STATE.items() if name != key}
+    AtomicCheckpointIO().save_checkpoint(state, tmp_path / "update-000001.ckpt")
+    with pytest.warns(UserWarning, match=rf"update-000001.ckpt has no {key}"):
+        assert latest_checkpoint(tmp_path) is None
+
+
+def test_halves_and_damaged_checkpoints_do_not_count(tiny_world_model, data, trainer, tmp_path) -> None:
+    folder = tmp_path / "run"
+
+    def model():
+        return tiny_world_model(action_dim=3, reward=True)
+
+    fit(model(), data, trainer, folder, 4)
+    whole = (folder / "update-000004.ckpt").read_bytes()
+    (folder / "update-000001.ckpt").write_bytes(whole[:300])  # older than what the run starts from
+    (folder / "update-000003.ckpt").write_bytes(whole[:300])
+    (folder / "update-000999.ckpt").write_bytes(whole[:300])
+    (folder / ".update-000777.ckpt.partial").write_bytes(b"half")
+    (folder / ".update-000778.ckpt.partial").mkdir()
+    with pytest.warns(UserWarning, match="the checkpoint .*which does not load"):
+        fit(model(), data, trainer, folder, 7, resume=True)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["update-000006.ckpt", "update-000007.ckpt", "update-000999.ckpt.unused"]
+
+
+def test_a_checkpoint_that_does_not_say_where_the_data_stood_is_told(tiny_world_model, data, trainer, tmp_path) -> None:
+    fit(tiny_world_model(action_dim=3, reward=True), data, trainer, tmp_path / "run", 2)
+    path = tmp_path / "run" / "update-000002.ckpt"
+    state = AtomicCheckpointIO().load_checkpoint(path)
+    del state["VideoDataModule"]
+    AtomicCheckpointIO().save_checkpoint(state, path)
+    with pytest.warns(UserWarning, match="does not say where VideoDataModule stood: its clips begin anew"):
+        fit(tiny_world_model(action_dim=3, reward=True), data, trainer, tmp_path / "run", 3, resume=True)
 
 
 def test_pickled_code_is_never_run(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ivideogpt.training import GRPOModule, TransformerModule
-from ivideogpt.training.module import NonFiniteLossError
+from ivideogpt.training.bad_updates import NonFiniteLossError
 
 
 @pytest.fixture

@@ -145,6 +145,53 @@ def test_adapters_are_the_same_in_one_process_in_two_and_sharded(fit: Fit) -> No
     assert far(one, fit("sharded", 2, strategy="sharded", **settings), 1e-6) < 1e-9
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "sharded", "discriminator"])
+def test_a_bad_loss_on_one_process_stops_all_with_the_same_checkpoints(fit: Fit, strategy: str) -> None:
+    settings: dict[str, Any] = {"kind": "tokenizer" if strategy == "discriminator" else "transformer"}
+    settings["discriminator"] = strategy == "discriminator"
+    settings["strategy"] = "ddp_find_unused_parameters_true" if strategy == "discriminator" else strategy
+    settings |= {"every": 1, "module": {"max_bad_updates": 2, "loss_limit": 1e6}, "trainer": {"max_steps": 20}}
+    process = fit.start("run", 2, **settings, spoilt=[1, 3])
+    _, errors = process.communicate(timeout=280)
+    assert process.returncode == 1
+    folder = fit.folder / "run" / "checkpoints"
+    kept = f"{folder / 'update-000002.ckpt'} is kept; {folder / 'update-000003.ckpt'}, whose weights gave no good loss"
+    reports = [line for line in errors.splitlines() if "NonFiniteLossError: train/loss is" in line]
+    assert len([line for line in reports if "on process 1 at update 5" in line and kept in line]) == 2, errors[-4000:]
+    assert names(folder) == ["update-000002.ckpt", "update-000003.ckpt.diverged"]
+    fit("run", 2, **settings)
+    assert names(folder) == ["update-000019.ckpt", "update-000020.ckpt"]
+
+
+@pytest.mark.slow
+def test_a_damaged_sharded_checkpoint_is_skipped_for_the_one_before(fit: Fit) -> None:
+    settings: dict[str, Any] = {"strategy": "sharded", "every": 2}
+    before = fit("run", **settings)
+    folder = fit.folder / "run" / "checkpoints"
+    newest = folder / "update-000005.ckpt"
+    assert latest_checkpoint(folder) == (5, newest)
+    assert len(names(newest)) == 4
+    for file in newest.iterdir():
+        content = file.read_bytes()
+        middle = len(content) // 2 - 8
+        for damaged in (bytes(len(content)), content[:middle] + bytes(16) + content[middle + 16 :], content[:-1]):
+            file.write_bytes(damaged)
+            with pytest.warns(UserWarning, match=r"skipping the checkpoint .*update-000005.ckpt, which does not load"):
+                assert latest_checkpoint(folder) == (4, folder / "update-000004.ckpt")
+        file.write_bytes(content)
+    (newest / ".metadata.crc32").unlink()  # of before there was one
+    assert latest_checkpoint(folder) == (5, newest)
+    shard = next(newest.glob("*.distcp"))
+    shard.write_bytes(bytes(shard.stat().st_size))
+    assert distance(fit("run", **settings), before) == 0
+    assert distance(read_sharded_checkpoint(newest)["state_dict"], before) == 0
+
+
 LONG = {"every": 5, "trainer": {"max_steps": 200}, "data": {"num_workers": 2}}
 """Long enough for a signal to come in the middle."""
 

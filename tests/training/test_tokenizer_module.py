@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from ivideogpt.metrics.networks import WEIGHT_FILES
 from ivideogpt.models.discriminator import PatchDiscriminator
 from ivideogpt.training import TokenizerModule
+from ivideogpt.training.bad_updates import NonFiniteLossError
 from ivideogpt.training.checkpoints import Checkpoints
-from ivideogpt.training.module import NonFiniteLossError
 
 
 @pytest.fixture
@@ -90,14 +90,15 @@ def test_discriminator_path_clips_the_gradients_of_both(tokenizer, data, trainer
     critic = PatchDiscriminator(base_channels=8, num_layers=2)
     module = TokenizerModule(tokenizer, perceptual_weight=0.0, discriminator=critic, gradient_clip=1e-3)
     norms = []
-    clip = module.clip_gradients
+    finish = module.finish_gradients
 
-    def clip_and_measure(optimizer, *args, **kwargs):
-        clip(optimizer, *args, **kwargs)
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+    def finish_and_measure(optimizers):
+        assert finish(optimizers)
+        for optimizer in optimizers:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
 
-    monkeypatch.setattr(module, "clip_gradients", clip_and_measure)
+    monkeypatch.setattr(module, "finish_gradients", finish_and_measure)
     trainer(max_steps=1).fit(module, datamodule=data())
     assert norms == pytest.approx([1e-3, 1e-3], rel=1e-2)
 

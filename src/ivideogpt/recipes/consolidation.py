@@ -8,8 +8,7 @@ from pathlib import Path
 from ivideogpt.recipes.parts import PartBuilder
 from ivideogpt.recipes.results import RECORD, read_record
 from ivideogpt.recipes.stage import Stage
-from ivideogpt.training.checkpoints import AtomicCheckpointIO, checkpoint_files, latest_checkpoint
-from ivideogpt.training.sharding import read_sharded_checkpoint
+from ivideogpt.training.checkpoints import checkpoint_files, latest_checkpoint, read_checkpoint
 
 
 def consolidate(
@@ -58,7 +57,7 @@ def consolidate(
     )
     builder = PartBuilder(stage.earlier)
     module = stage.build_module(builder)
-    state = read_sharded_checkpoint(path) if path.is_dir() else AtomicCheckpointIO().load_checkpoint(path)
+    state = read_checkpoint(path)
     try:
         module.load_state_dict(state["state_dict"])
     except RuntimeError as error:

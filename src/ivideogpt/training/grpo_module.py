@@ -232,7 +232,7 @@ class GRPOModule(TransformerModule):
             new = self.log_probabilities(self.transformer, imagined.tokens, batch)
             old = new.detach() if old is None else old
             terms = self.policy_losses(new, old, start, advantages)
-            self.check_finite(terms["loss"], batch)
+            self.note_loss(terms["loss"], batch)
             optimizer.zero_grad()
             self.manual_backward(terms["loss"])
             self.configure_gradient_clipping(optimizer.optimizer)

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from warnings import warn
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
+from ivideogpt.training.bad_updates import NonFiniteLossError, UpdateJudge
 from ivideogpt.training.optim import Schedule, adamw, scheduler
-from ivideogpt.training.sharding import gather, is_sharded, scatter, shard
-
-
-class NonFiniteLossError(ValueError):
-    """A training loss is NaN, infinite or above its limit."""
+from ivideogpt.training.sharding import gather, gradient_norm, is_sharded, local, scatter, shard
 
 
 class TrainingModule(LightningModule):
@@ -32,8 +28,8 @@ class TrainingModule(LightningModule):
         betas: AdamW's.
         gradient_clip: largest gradient norm; None does not clip. It stands here and not with the trainer, because
             the trainer refuses to clip where there is a discriminator.
-        max_bad_updates: updates in a row whose loss is not finite, or above ``loss_limit``, and that are left out
-            before the training stops; 0 stops at the first.
+        max_bad_updates: updates in a row that are left out before the training stops, because a loss of theirs is not
+            finite or above ``loss_limit``, or their gradients are not finite; 0 stops at the first.
         loss_limit: a larger loss counts as one that is not finite; None for none.
     """
 
@@ -61,8 +57,7 @@ class TrainingModule(LightningModule):
         if max_bad_updates < 0:
             raise ValueError(f"max_bad_updates must not be negative, got {max_bad_updates!r}")
         self.gradient_clip = gradient_clip
-        self.max_bad_updates, self.loss_limit = max_bad_updates, loss_limit
-        self._bad_in_a_row, self._is_bad = 0, False
+        self.update_judge = UpdateJudge(max_bad_updates, loss_limit)
         self._frozen: list[str] = []
 
     def freeze_part(self, name: str) -> None:
@@ -121,6 +116,21 @@ class TrainingModule(LightningModule):
     def on_fit_start(self) -> None:
         """Switches to training mode: a model that was loaded comes in eval mode, and Lightning leaves it there."""
         self.train()
+        self.update_judge.restart()
+
+    def on_train_end(self) -> None:
+        """Refuses to end with weights whose loss is bad.
+
+        Raises:
+            NonFiniteLossError: if the last update was left out.
+        """
+        bad = self.update_judge.bad_in_a_row
+        if bad:
+            raise NonFiniteLossError(
+                f"bad updates in a row at the end of the training, update {self.global_step}: {bad}. They were left "
+                f"out (see the warnings), but the weights may be what is bad. If it is only these clips, "
+                f"trainer.max_steps={self.global_step + 1} with on_change=continue ends on others"
+            )
 
     def train(self, mode: bool = True) -> TrainingModule:
         """Switches to training mode, frozen parts left out."""
@@ -155,55 +165,50 @@ class TrainingModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the gradient norm to ``gradient_clip``, or as the trainer says; drops gradients of a bad loss."""
-        if self._is_bad:
-            optimizer.zero_grad(set_to_none=True)  # an optimizer passes over parameters without gradients
-            self._is_bad = False
-            return
-        if getattr(optimizer, "optimizer", optimizer) is self.trainer.optimizers[0]:
-            self._log_update(optimizer)
-        if gradient_clip_val is None and self.gradient_clip is not None:
-            gradient_clip_val, gradient_clip_algorithm = self.gradient_clip, "norm"
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        """Judges the update of ``optimizer`` and clips its gradients, see :meth:`finish_gradients`."""
+        self.finish_gradients([optimizer], gradient_clip_val, gradient_clip_algorithm)
 
-    def check_finite(self, loss: Tensor, batch: Mapping[str, Any]) -> bool:
-        """Whether ``loss`` may change the weights; if not, on any process, the gradients of this update are dropped.
+    def note_loss(self, loss: Tensor, batch: Mapping[str, Any]) -> None:
+        """Remembers a loss of the update under way; it is judged when the gradients are complete."""
+        self.update_judge.note(loss, batch.get("key", ["(no keys)"]))
+
+    def finish_gradients(
+        self, optimizers: Sequence[Optimizer], clip: float | None = None, algorithm: str | None = None
+    ) -> bool:
+        """Clips the gradient norm of each optimizer to ``gradient_clip``, or as the trainer says.
+
+        All gradients are dropped where one of them or a loss of this update is bad, on any process.
+
+        Returns:
+            Whether the update is good.
 
         Raises:
-            NonFiniteLossError: after ``max_bad_updates`` such updates in a row, naming the update and the clips.
+            NonFiniteLossError: after ``max_bad_updates`` bad ones in a row, naming the update and the clips.
         """
-        limit = float("inf") if self.loss_limit is None else self.loss_limit
-        value = loss.detach()
-        bad = not bool(torch.isfinite(value) & (value <= limit))
-        if self.trainer.world_size > 1:
-            bad = bool(self.trainer.strategy.reduce_boolean_decision(bad, all=False))
-        if not bad:
-            self._bad_in_a_row = 0
-            return True
-        self._is_bad = True
-        self._bad_in_a_row += 1
-        above = "" if self.loss_limit is None else f" (loss_limit is {self.loss_limit:g})"
-        where = f"update {self.global_step}, in the batch of clips {list(batch.get('key', ['(no keys)']))}"
-        process = f" on process {self.global_rank}" if self.trainer.world_size > 1 else ""
-        what = f"train/loss is {loss.item()}{above}{process} at {where}"
-        if self._bad_in_a_row > self.max_bad_updates:
-            raise NonFiniteLossError(
-                f"{what}. The last checkpoint is kept. A lower learning_rate, a longer warm-up or float32 "
-                f"(trainer.precision=32-true) usually helps"
-            )
-        warn(f"{what}: left out, {self._bad_in_a_row} of at most {self.max_bad_updates} in a row", stacklevel=2)
-        return False
+        parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
+        norms = [gradient_norm(each) for each in parameters]
+        # float16's gradients overflow now and then: its scaler finds that and leaves the step out itself
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if not self.update_judge.judge([] if scaled else [local(norm) for norm in norms], self.trainer):
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)  # an optimizer passes over parameters without gradients
+            return False
+        if clip is None and self.gradient_clip is not None:
+            clip, algorithm = self.gradient_clip, "norm"
+        for optimizer, each, norm in zip(optimizers, parameters, norms, strict=True):
+            if getattr(optimizer, "optimizer", optimizer) is self.trainer.optimizers[0]:
+                self._log_update(optimizer, local(norm))
+            if clip and algorithm == "norm" and not scaled:
+                clip_grads_with_norm_(each, clip, norm)
+            else:
+                self.clip_gradients(optimizer, clip, algorithm)
+        return True
 
-    def _log_update(self, optimizer: Optimizer) -> None:
+    def _log_update(self, optimizer: Optimizer, norm: Tensor) -> None:
         """Logs the norm of the gradients, before they are clipped, and the learning rate, where the trainer logs."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.trainer.logger is None or (self.global_step + 1) % every:
-            return
-        groups = optimizer.param_groups
-        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        norm = get_total_norm(gradients)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded weights
-        self.log_dict({"train/gradient_norm": norm, "train/learning_rate": groups[0]["lr"]})
+        if self.trainer.logger is not None and (self.global_step + 1) % every == 0:
+            self.log_dict({"train/gradient_norm": norm, "train/learning_rate": optimizer.param_groups[0]["lr"]})
 
     def _is_frozen(self, key: str) -> bool:
         return any(key.startswith(f"{name}.") for name in self._frozen)

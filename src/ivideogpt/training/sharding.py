@@ -19,9 +19,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.utils import get_total_norm
 
-PLAIN = "meta.pt"
-"""Lightning's plain data in a sharded checkpoint, beside the shards and torch's table of them."""
+from ivideogpt.training.archives import check_archive, check_checksum, write_checksum
+
+PLAIN, TABLE = "meta.pt", ".metadata"
+"""Lightning's plain data in a sharded checkpoint, and torch's table of the tensors in the shards beside them."""
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -75,6 +79,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         error: Exception | None = None
         try:
             super().save_checkpoint(checkpoint, partial, storage_options)
+            if self.is_global_zero:
+                write_checksum(partial / TABLE)
         except Exception as caught:  # torch wraps what failed on any process in errors of its own
             error = caught
         if self.reduce_boolean_decision(error is not None, all=False):  # a file that one process alone writes may fail
@@ -135,6 +141,19 @@ def _sharded_modules(module: nn.Module) -> list[FSDPModule]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Norm of all gradients of ``parameters``, of all processes together where these share the weights."""
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.redistribute(placements=[Replicate()] * norm.device_mesh.ndim)
+    return norm
+
+
+def local(tensor: Tensor) -> Tensor:
+    """A tensor that all processes have whole, as an ordinary one."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
     """The state dict of a sharded ``module`` with whole tensors on the CPU of the first process, empty on the others.
 
@@ -153,24 +172,33 @@ def read_sharded_checkpoint(path: Path, tensors: bool = True) -> dict[str, Any]:
 
     Args:
         path: its folder. Its table of tensors is a pickle of torch's: read checkpoints of your own runs only.
-        tensors: False reads the plain data alone, and looks whether all shards are there.
+        tensors: False reads the plain data alone, and the weights' and the optimizers' states are empty.
 
     Raises:
-        ValueError: if files are missing or truncated.
+        ValueError: if files are missing, truncated or damaged: all checksums are compared.
     """
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     try:
+        check_archive(path / PLAIN)
         plain: dict[str, Any] = torch.load(path / PLAIN, map_location="cpu", weights_only=True)
+        check_checksum(path / TABLE)
         table = FileSystemReader(path).read_metadata()
+        places: dict[str, list[tuple[int, int]]] = {}
         for info in (table.storage_data or {}).values():
-            shard_file = path / info.relative_path
-            if not shard_file.is_file() or shard_file.stat().st_size < info.offset + info.length:
+            places.setdefault(info.relative_path, []).append((info.offset, info.length))
+        for name, of_file in places.items():
+            shard_file = path / name
+            if not shard_file.is_file() or shard_file.stat().st_size < max(map(sum, of_file)):
                 raise ValueError(f"{shard_file} is missing or truncated")
+            check_archive(shard_file, of_file)
+        parts = {name.partition(".")[0] for name in table.state_dict_metadata}
+        if not {"state_dict", "optimizer_0"} <= parts:
+            raise ValueError(f"its shards hold {sorted(parts)} only")
         if not tensors:
-            return plain | {"state_dict": {}}
+            return plain | {"state_dict": {}, "optimizer_states": []}
         state: dict[str, Any] = {}
         _load_state_dict(state, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
     except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError, AttributeError) as error:

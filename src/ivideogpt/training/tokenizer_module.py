@@ -164,8 +164,7 @@ class TokenizerModule(TrainingModule):
             context_choice = output.context_latents.detach(), output.context_indices
             self._choices = [context_choice, (output.dynamics_latents.detach(), output.dynamics_indices)]
         if self.automatic_optimization:
-            if not self.check_finite(terms["loss"], batch):
-                self._choices = None  # nothing to re-seed codebooks with
+            self.note_loss(terms["loss"], batch)
         else:
             terms |= self._adversarial_update(terms, output, context, future, batch)
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items() if name != "loss"})
@@ -190,8 +189,7 @@ class TokenizerModule(TrainingModule):
             self.discriminator.requires_grad_(True)
             extra |= {"generator": adversarial, "adversarial_weight": weight}
             extra["loss"] = terms["loss"] + weight * adversarial
-        if not self.check_finite(extra["loss"], batch):
-            self._choices = None
+        self.note_loss(extra["loss"], batch)
         first, last = self._micro_batch == 0, self._micro_batch == self.accumulate - 1
         self._micro_batch = 0 if last else self._micro_batch + 1
         if first:
@@ -201,17 +199,17 @@ class TokenizerModule(TrainingModule):
             if first:
                 critic_optimizer.zero_grad()
             critic = discriminator_loss(self.discriminator(real), self.discriminator(fake.detach()))
+            self.note_loss(critic, batch)
             extra["discriminator"] = critic
             self.manual_backward(critic / self.accumulate)
         if last:
+            # both networks pass over a bad update, or neither
+            optimizers = [optimizer, critic_optimizer] if active else [optimizer]
+            self.finish_gradients([each.optimizer for each in optimizers])
             if active:
-                bad = self._is_bad or not self.check_finite(critic, batch)
-                self.configure_gradient_clipping(critic_optimizer.optimizer)
-                self._is_bad = bad  # both networks pass over a bad update, or neither
                 # stepped below Lightning's wrapper, which would count it as one more update
                 critic_optimizer.optimizer.step()
                 critic_schedule.step()
-            self.configure_gradient_clipping(optimizer.optimizer)
             optimizer.step()
             self._restart_codebooks(optimizer)
             schedule.step()
@@ -230,7 +228,7 @@ class TokenizerModule(TrainingModule):
         self._restart_codebooks(optimizer)
 
     def _restart_codebooks(self, optimizer: Any) -> None:
-        if self.restarts is None or self._choices is None:
+        if self.restarts is None or self._choices is None or self.update_judge.bad_in_a_row:
             return
         quantizers = (self.tokenizer.quantize, self.tokenizer.dynamics_quantize)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # below Lightning's wrapper

@@ -249,7 +249,7 @@ class TransformerModule(TrainingModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """One update."""
         terms = self.losses(self.predict_clip(batch), batch)
-        self.check_finite(terms["loss"], batch)
+        self.note_loss(terms["loss"], batch)
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items() if name != "loss"})
         self.log("train/loss", terms["loss"].detach(), prog_bar=True)
         return terms["loss"]
