@@ -194,6 +194,15 @@ class TrainingModule(LightningModule):
         warn(f"{what}: left out, {self._bad_in_a_row} of at most {self.max_bad_updates} in a row", stacklevel=2)
         return False
 
+    def log_validation(self, metrics: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+        """Logs the means of a batch of held-out clips, for a mean over the clips of all processes.
+
+        A batch with an empty ``key`` takes part, and does not count: that of a process for which there is no clip.
+        """
+        # a float: the processes' counts are averaged, and Lightning cuts off what is behind the point of an int
+        clips: Any = float(len(batch.get("key", next(iter(batch.values())))))
+        self.log_dict(metrics, batch_size=clips, sync_dist=True)
+
     def _log_update(self, optimizer: Optimizer) -> None:
         """Logs the norm of the gradients, before they are clipped, and the learning rate, where the trainer logs."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
