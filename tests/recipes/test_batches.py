@@ -65,7 +65,7 @@ def test_a_stage_goes_on_unasked_with_updates_shared_out_otherwise(recipe, capsy
         patch.setattr(TransformerModule, "training_step", training_step)
         with pytest.raises(StopError):
             recipes.run(path, words)
-    with pytest.raises(ValueError, match="running with other settings: data.init_args.batch_size: 4 -> 2. Give"):
+    with pytest.raises(ValueError, match="with other settings: data.init_args.batch_size: 4 -> 2. Give"):
         recipes.run(path, ["data.batch_size=2", *words[1:]])
     capsys.readouterr()
     half = "trainer.accumulate_grad_batches=2"
