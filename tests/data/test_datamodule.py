@@ -325,7 +325,9 @@ def test_sets_without_rewards(make_set: Sets) -> None:
     ("options", "message"),
     [
         ({"segment_length": 2, "context_length": 2}, "segment_length 2 must exceed context_length 2"),
-        ({"batch_size": 0}, "batch_size 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"global_batch_size": -2}, "global_batch_size must be at least 1, got -2"),
+        ({"batch_size": 4, "global_batch_size": 8}, "batch_size 4 and global_batch_size 8 were both given"),
         ({"holdout_every": 1}, "holdout_every is 1"),
         ({"holdout_every": 2, "val": "embedded:heldout"}, "needs val=None"),
         ({"seed": -1}, "seed must not be negative"),

@@ -10,6 +10,10 @@ import pytest
 import torch
 
 from ivideogpt import recipes
+from ivideogpt.data.position import share_of
+from ivideogpt.recipes.batches import accumulated, check_batch, clips_of_update, processes
+from ivideogpt.recipes.checking import trains
+from ivideogpt.recipes.classes import import_class
 from ivideogpt.recipes.parts import PartBuilder, part_config
 from ivideogpt.recipes.stage import Stage
 
@@ -48,8 +52,7 @@ def test_numbers_are_the_published_ones(name: str) -> None:
         assert (data["segment_length"], data["context_length"], data["resolution"]) == (length, context, resolution)
         assert data["augment"] == (resolution == 64)
         assert trainer["precision"] == "bf16-mixed"
-        if resolution == 64:
-            assert data["batch_size"] * trainer["devices"] == 64
+        assert (data["global_batch_size"], data["batch_size"]) == (64 if resolution == 64 else 16, None)
     assert tokenizer["data"]["init_args"]["horizon"] == (16 if segment == 16 else 12)
 
 
@@ -64,7 +67,7 @@ def test_further_numbers_of_open_x_embodiment() -> None:
     medium = recipes.load("oxe_64_medium")["stages"]["transformer"]
     config = part_config("transformer", medium["module"]["init_args"]["transformer"], "medium")
     assert (config.num_layers, config.embed_dim, medium["module"]["init_args"]["gradient_clip"]) == (24, 1024, 1.0)
-    assert (medium["data"]["init_args"]["batch_size"], medium["trainer"]["accumulate_grad_batches"]) == (8, 2)
+    assert (medium["data"]["init_args"]["global_batch_size"], per_device(medium)) == (64, 8)
     goal = recipes.load("oxe_64_goal")["stages"]
     assert goal["tokenizer"]["data"]["init_args"]["shuffle_frames"] and goal["transformer"]["data"]["init_args"]["goal"]
     assert goal["tokenizer"]["module"]["init_args"]["learning_rate"] == 1e-4
@@ -72,7 +75,22 @@ def test_further_numbers_of_open_x_embodiment() -> None:
     large = recipes.load("oxe_256")["stages"]
     fields = large["tokenizer"]["module"]["init_args"]
     assert fields["discriminator_start"] == 125_000 and fields["accumulate"] == 4
-    assert [stage["data"]["init_args"]["batch_size"] for stage in large.values()] == [2, 4]
+    assert [per_device(stage) for stage in large.values()] == [2, 4]
+    assert [stage["data"]["init_args"]["global_batch_size"] for stage in large.values()] == [32, 16]
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "oxe_64_medium", "oxe_64_goal"])
+def test_any_number_of_gpus_trains_the_published_batch(name: str) -> None:
+    for words in (["trainer.devices=1", "trainer.accumulate_grad_batches=4"], ["trainer.devices=8"]):
+        for stage in recipes.load(name, words)["stages"].values():
+            if trains(import_class(stage["module"]["class_path"], name)):
+                assert clips_of_update(stage) == (16 if name == "robonet_256" else 64)
+                check_batch(stage, name)
+
+
+def per_device(stage: dict[str, Any]) -> int:
+    """Clips of a batch on each GPU."""
+    return share_of(clips_of_update(stage) or 0, processes(stage["trainer"]), accumulated(stage))
 
 
 def build(name: str, stage: str, folder: Path) -> Any:

@@ -43,7 +43,8 @@ def test_recipe_is_built(name: str, shards: dict[str, str], tmp_path: Path) -> N
         if content["data"]["class_path"] == "ivideogpt.data.TokenDataModule":
             train = str(tokenize_clips(start.tokenizer, [train], tmp_path / stage, length, clips_per_episode=1).folder)
         words += [f"{stage}.data.train={train}", f"{stage}.data.val={shards['px64']}"]
-        words += [f"{stage}.data.batch_size=1", f"{stage}.data.segment_length={length}"]
+        words += [f"{stage}.data.batch_size=1", f"{stage}.data.global_batch_size=null"]
+        words += [f"{stage}.data.segment_length={length}"]
         words += [f"{stage}.trainer.max_steps=0", f"{stage}.trainer.limit_test_batches=1"]
         for part, spec in content["module"]["init_args"].items():
             if isinstance(spec, dict) and str(spec.get("from")).startswith("ivideogpt-"):

@@ -21,9 +21,10 @@ from ivideogpt.models.reward_head import RewardHead
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer
 from ivideogpt.training import TokenizerModule, TransformerModule
-from ivideogpt.training.callbacks import SeededUpdates
+from ivideogpt.training.callbacks import CodebookUsage, SeededUpdates
 from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, latest_checkpoint
 from ivideogpt.training.module import TrainingModule
+from ivideogpt.training.resumption import Resumption
 from ivideogpt.training.sharding import FullyShardedStrategy, is_sharded, whole_state
 
 TOKENIZER = TokenizerConfig(
@@ -70,7 +71,7 @@ def main(settings: dict[str, Any]) -> None:
     if "spoilt" in settings:
         spoil(module, *settings["spoilt"])
     data = VideoDataModule(
-        settings["shards"], settings["shards"], segment_length=4, context_length=2, resolution=32,
+        settings["shards"], settings.get("val", settings["shards"]), segment_length=4, context_length=2, resolution=32,
         augment=False, use_rewards=settings["kind"] != "tokenizer", **settings["data"],
     )  # fmt: skip
     folder = Path(settings["folder"])
@@ -78,7 +79,7 @@ def main(settings: dict[str, Any]) -> None:
     trainer = Trainer(
         strategy=strategy, logger=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, limit_val_batches=1, default_root_dir=folder, plugins=[AtomicCheckpointIO()],
-        callbacks=[SeededUpdates(0), Checkpoints(settings.get("every", 100))],
+        callbacks=[SeededUpdates(0), Resumption(), CodebookUsage(), Checkpoints(settings.get("every", 100))],
         **{"accelerator": "cpu", **settings["trainer"]},
     )  # fmt: skip
     found = latest_checkpoint(folder / "checkpoints")
@@ -86,6 +87,8 @@ def main(settings: dict[str, Any]) -> None:
     state = whole_state(module) if is_sharded(module) else module.state_dict()
     if trainer.is_global_zero:
         torch.save({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, folder / "weights.pt")
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     trainer.strategy.barrier()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

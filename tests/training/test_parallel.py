@@ -12,10 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import ivideogpt
+from ivideogpt.data.episode import Episode
+from ivideogpt.data.shards import ShardSetWriter
 from ivideogpt.training.checkpoints import latest_checkpoint
 from ivideogpt.training.sharding import read_sharded_checkpoint
 
@@ -51,6 +54,10 @@ class Fit:
             start_new_session=True, preexec_fn=_default_signals,
         )  # fmt: skip
 
+    def metrics(self, name: str) -> dict[str, float]:
+        """The last metrics of a training."""
+        return json.loads((self.folder / name / "metrics.json").read_text())
+
     def interrupt(self, name: str, number: int, after: int, processes: int = 1, **settings: Any) -> tuple[int, int]:
         """Sends a signal when the checkpoint of update ``after`` is there; the exit code, and the update reached."""
         process = self.start(name, processes, **settings)
@@ -85,6 +92,18 @@ def descendants(pid: int) -> list[int]:
 def _default_signals() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test that was started in the background ignores it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def few(folder: Path, episodes: int) -> str:
+    """A shard set of some episodes."""
+    rng = np.random.default_rng(1)
+    with ShardSetWriter(folder / "few") as writer:
+        for number in range(episodes):
+            video = rng.integers(0, 255, (6, 4, 4, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+            actions, rewards = (rng.uniform(-1, 1, shape).astype(np.float32) for shape in ((6, 3), (6,)))
+            rewards[0] = 0
+            writer.write(f"few-{number}", Episode(video, actions, rewards, fps=5.0, source="test/few"))
+    return str(folder / "few")
 
 
 @pytest.fixture
@@ -230,6 +249,45 @@ def test_accumulated_batches_and_recomputed_activations_change_nothing(fit: Fit)
     small: dict[str, Any] = {"data": {"batch_size": 1, "epoch_batches": 99}, "trainer": {"accumulate_grad_batches": 2}}
     two = fit("two", 2, strategy="sharded", module={"activation_checkpointing": True}, **small)
     assert distance(one, two) < 2e-6
+
+
+GLOBAL: dict[str, Any] = {"data": {"batch_size": None, "global_batch_size": 4, "epoch_batches": 3}}
+"""Epochs of three updates, so that some end in between."""
+
+
+@pytest.mark.slow
+def test_an_update_has_the_same_clips_in_any_number_of_processes(fit: Fit) -> None:
+    accumulated = fit("accumulated", **GLOBAL, trainer={"accumulate_grad_batches": 2})
+    assert moved("transformer", accumulated) > 1e-3
+    assert distance(accumulated, fit("two", 2, strategy="ddp", **GLOBAL)) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_one_process_goes_on_in_two(fit: Fit) -> None:
+    settings: dict[str, Any] = {**GLOBAL, "every": 5}
+    one = {"accumulate_grad_batches": 2, "max_steps": 40}
+    code, update = fit.interrupt("run", signal.SIGKILL, 10, **settings, trainer=one)
+    assert code == -signal.SIGKILL
+    assert 10 <= update < 40
+    resumed = fit("run", 2, **settings, strategy="ddp", trainer={"max_steps": 40})
+    whole = fit("whole", **settings, trainer=one)
+    assert moved("transformer", whole) > 1e-3
+    assert distance(resumed, whole) < 2e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "strategy", "episodes"),
+    [("transformer", "ddp", 3), ("transformer", "ddp", 1), ("transformer", "sharded", 1), ("tokenizer", "ddp", 1)],
+)
+def test_each_validation_clip_counts_once(fit: Fit, kind: str, strategy: str, episodes: int) -> None:
+    """Also where there are fewer of them than processes."""
+    once = {"val_check_interval": 5, "check_val_every_n_epoch": None}
+    settings: dict[str, Any] = {"kind": kind, "val": few(fit.folder, episodes), "trainer": once}
+    fit("one", **settings)
+    fit("two", 2, strategy=strategy, **settings)
+    one, two = ({n: v for n, v in fit.metrics(name).items() if "val/" in n} for name in ("one", "two"))
+    assert "val/loss" in one and one == pytest.approx(two, rel=1e-3, abs=1e-4)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")

@@ -239,18 +239,33 @@ class PositionSampler(DistributedSampler):
 class ExactSampler(DistributedSampler):
     """Every clip of a fixed set exactly once over all ranks: rank r gets r, r + num_replicas, ...
 
-    The ranks' counts may differ by one; torch's own sampler would repeat clips to even them out.
+    The ranks' counts may differ by one; torch's own sampler would repeat clips to even them out. A rank for which there
+    is no clip gets another's, as it must take part in what the ranks compute together; it must not count, so that the
+    batch has no `key`.
     """
 
     def __init__(self, dataset: Dataset, num_replicas: int, rank: int) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
         self.total = len(dataset)  # type: ignore[arg-type]
 
+    @property
+    def has_none(self) -> bool:
+        """Whether there is no clip for this rank, but for others."""
+        return 0 < self.total <= self.rank
+
+    def collation(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> Any:
+        """`collate`, or where there is no clip for this rank one whose batches do not count."""
+        return partial(_without_keys, collate) if self.has_none else collate
+
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, self.total, self.num_replicas))
+        return iter([self.rank % self.total] if self.has_none else range(self.rank, self.total, self.num_replicas))
 
     def __len__(self) -> int:
-        return len(range(self.rank, self.total, self.num_replicas))
+        return 1 if self.has_none else len(range(self.rank, self.total, self.num_replicas))
+
+
+def _without_keys(collate: Callable[[list[dict[str, Any]]], dict[str, Any]], clips: list[dict[str, Any]]) -> Any:
+    return collate(clips) | {"key": []}
 
 
 def stack(rows: list[Tensor]) -> Tensor:

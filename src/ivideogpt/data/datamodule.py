@@ -2,6 +2,7 @@
 
 A batch is a dict: `video` float32 (B, T, C, H, W) in [0, 1], `actions` float32 (B, T, A) and `rewards` float32 (B, T)
 where the set has them, `key` (list of B episode keys) and, in training, `clip` int64 (B,), the clips' global numbers.
+In validation `key` is empty where the batch must not count: see `clips.ExactSampler`.
 Frames travel as uint8 and become floats, training clips also augmented, in `on_after_batch_transfer`, on the device.
 """
 
@@ -37,7 +38,8 @@ class VideoDataModule(PositionDataModule):
         segment_length: Frames of a clip, the context and a goal frame counted.
         context_length: Context frames of the model; only checked against `segment_length`.
         resolution: Height and width in pixels; frames of another size are centre-cropped and resized.
-        batch_size: Clips of a batch on each device.
+        batch_size: Clips of a batch on each device; None: 16, or what follows from `global_batch_size`.
+        global_batch_size: Clips of an update, over all processes and accumulated batches, in place of `batch_size`.
         val_batch_size: The same in validation; None: as in training.
         num_workers: Loading processes on each device.
         seed: Decides the order and content of all training clips.
@@ -54,7 +56,8 @@ class VideoDataModule(PositionDataModule):
             validation.
         val_segment_length: Frames of a validation clip; None: as in training.
         val_clips_per_episode: Clips of each validation episode, evenly spaced; 1 starts at frame 0.
-        epoch_batches: Batches that the trainer calls an epoch; None: one pass over the training episodes.
+        epoch_batches: Batches that the trainer calls an epoch, with `global_batch_size` updates; None: one pass over
+            the training episodes.
         policy: `error` or `skip` for bad records.
         verify: Hash every shard when it is opened.
         root: Folder in which the data sets of a named mixture lie.
@@ -77,7 +80,8 @@ class VideoDataModule(PositionDataModule):
         segment_length: int = 12,
         context_length: int = 2,
         resolution: int = 64,
-        batch_size: int = 16,
+        batch_size: int | None = None,
+        global_batch_size: int | None = None,
         val_batch_size: int | None = None,
         num_workers: int = 1,
         seed: int = 0,
@@ -103,7 +107,7 @@ class VideoDataModule(PositionDataModule):
         cache: str | None = None,
         cache_gigabytes: float = DEFAULT_LIMIT / 1e9,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, epoch_batches)
+        super().__init__(batch_size, num_workers, seed, epoch_batches, global_batch_size, val_batch_size)
         if temperature is not None and isinstance(train, Mapping):
             raise ValueError(f"temperature {temperature} and weights were given for {list(train)}; give one of the two")
         self.root, self.temperature = root, temperature
@@ -122,7 +126,6 @@ class VideoDataModule(PositionDataModule):
             raise ValueError(f"holdout_every is {holdout_every}: it needs val=None and at least 2")
         self.train_source, self.val_source, self.holdout_every = train, val, holdout_every
         self.context_length = context_length
-        self.val_batch_size = val_batch_size or batch_size
         self.val_clips_per_episode = val_clips_per_episode
         self.policy, self.verify = policy, verify
         self.augmentation = Augmentation() if augment else None
@@ -304,9 +307,8 @@ class VideoDataModule(PositionDataModule):
             return []
         rank, ranks = rank_and_world(self.trainer)
         sampler = ExactSampler(self._val_clips, ranks, rank)
-        return DataLoader(
-            self._val_clips, self.val_batch_size, sampler=sampler, collate_fn=collate, **self.loader_options()
-        )
+        options = self.loader_options() | {"sampler": sampler, "collate_fn": sampler.collation(collate)}
+        return DataLoader(self._val_clips, self.val_batch_size, **options)
 
     test_dataloader = val_dataloader
 

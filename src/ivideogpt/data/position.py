@@ -18,33 +18,76 @@ from torch.utils.data import DataLoader, Dataset
 
 from ivideogpt.data.clips import PositionSampler
 
+BATCH_SIZE = 16
+"""Clips of a batch on each device where nothing else is said."""
+
 
 class PositionDataModule(L.LightningDataModule):
     """Counts the training batches; a subclass calls `count_batch` for each in `on_after_batch_transfer`.
 
     Args:
-        batch_size: Clips of a batch on each device.
+        batch_size: Clips of a batch on each device; None: 16, or what follows from `global_batch_size`.
         num_workers: Loading processes on each device.
         seed: Decides the order and content of all training clips.
-        epoch_batches: Batches that the trainer calls an epoch; None: one pass over the training set.
+        epoch_batches: Batches that the trainer calls an epoch, with `global_batch_size` updates; None: one pass over
+            the training set.
+        global_batch_size: Clips of an update, over all processes and accumulated batches; in place of `batch_size`.
+        val_batch_size: Clips of a validation batch on each device; None: as in training.
 
     Raises:
-        ValueError: A number is too low.
+        ValueError: A number is too low, or both batch sizes were given.
     """
 
-    def __init__(self, batch_size: int, num_workers: int, seed: int, epoch_batches: int | None) -> None:
+    def __init__(
+        self,
+        batch_size: int | None,
+        num_workers: int,
+        seed: int,
+        epoch_batches: int | None,
+        global_batch_size: int | None = None,
+        val_batch_size: int | None = None,
+    ) -> None:
         super().__init__()
-        if batch_size < 1 or num_workers < 0:
-            raise ValueError(f"too low: batch_size {batch_size}, num_workers {num_workers}")
+        if batch_size is not None and global_batch_size is not None:
+            raise ValueError(
+                f"batch_size {batch_size} and global_batch_size {global_batch_size} were both given: give the clips of "
+                f"a device's batch or those of an update, and null for the other"
+            )
+        for name, value in (("batch_size", batch_size), ("global_batch_size", global_batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {num_workers}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
-        self.batch_size, self.num_workers, self.seed, self.epoch_batches = batch_size, num_workers, seed, epoch_batches
+        self.given_batch_size, self.global_batch_size = batch_size, global_batch_size
+        self.given_val_batch_size = val_batch_size
+        self.num_workers, self.seed, self.epoch_batches = num_workers, seed, epoch_batches
         self._start, self._taken = 0, 0  # first clip of this run; batches trained on since
 
     def setup(self, stage: str | None = None) -> None:
         """A new fit starts at clip 0 unless a checkpoint is loaded after this."""
         if stage == "fit":
             self._start, self._taken = 0, 0
+
+    @property
+    def batch_size(self) -> int:
+        """Clips of a training batch on each device.
+
+        Raises:
+            ValueError: `global_batch_size` does not divide by the processes and accumulated batches.
+        """
+        if self.global_batch_size is None:
+            return self.given_batch_size or BATCH_SIZE
+        return share_of(self.global_batch_size, rank_and_world(self.trainer)[1], accumulated_batches(self.trainer))
+
+    @property
+    def val_batch_size(self) -> int:
+        """Clips of a validation batch on each device."""
+        if self.given_val_batch_size is not None or self.global_batch_size is None:
+            return self.given_val_batch_size or self.given_batch_size or BATCH_SIZE
+        shares = rank_and_world(self.trainer)[1] * accumulated_batches(self.trainer)
+        return max(self.global_batch_size // shares, 1)  # an evaluation makes no updates, whose clips would count
 
     def count_batch(self) -> None:
         """Notes that a training batch has come."""
@@ -53,7 +96,11 @@ class PositionDataModule(L.LightningDataModule):
     def training_loader(self, clips: Dataset, collate: Any) -> DataLoader:
         """Endless training clips from the position on, cut into epochs of `epoch_batches`."""
         rank, ranks = rank_and_world(self.trainer)
-        epoch = self.epoch_batches or max(1, len(clips) // (self.batch_size * ranks))  # type: ignore[arg-type]
+        if self.global_batch_size is None:
+            epoch = self.epoch_batches or max(1, len(clips) // (self.batch_size * ranks))  # type: ignore[arg-type]
+        else:  # whole updates, as the trainer makes a smaller one of what is left at the end of an epoch
+            updates = self.epoch_batches or max(1, len(clips) // self.global_batch_size)  # type: ignore[arg-type]
+            epoch = updates * accumulated_batches(self.trainer)
         sampler = PositionSampler(clips, lambda: self.position, self.batch_size, epoch, ranks, rank)
         return ResumableLoader(self, clips, sampler, collate)
 
@@ -76,9 +123,15 @@ class PositionDataModule(L.LightningDataModule):
         return self._start + max(taken, 0) * self.batch_size * rank_and_world(self.trainer)[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Position, seed and what the clips are drawn from, for the checkpoint."""
+        """Position, seed, what the clips are drawn from and how they are shared out, for the checkpoint."""
         digest = self.clips_digest()
-        return {"position": self.position, "seed": self.seed} | ({"clips": digest} if digest else {})
+        shares = {
+            "processes": rank_and_world(self.trainer)[1],
+            "accumulated": accumulated_batches(self.trainer),
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+        }
+        return {"position": self.position, "seed": self.seed, **shares} | ({"clips": digest} if digest else {})
 
     def clips_digest(self) -> str:
         """Of everything beside the seed that decides which clip comes when; empty where a subclass does not say."""
@@ -135,6 +188,29 @@ class ResumableLoader(DataLoader):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `PositionDataModule.load_state_dict`."""
         self.datamodule.load_state_dict(state_dict)
+
+
+def share_of(global_batch_size: int, processes: int, accumulated: int) -> int:
+    """Clips of one process's batch in an update of `global_batch_size`.
+
+    Raises:
+        ValueError: They do not divide.
+    """
+    clips, rest = divmod(global_batch_size, processes * accumulated)
+    if rest:
+        raise ValueError(
+            f"global_batch_size {global_batch_size} does not divide by {processes} processes x {accumulated} "
+            f"accumulated batches: make it a multiple of {processes * accumulated}, or change trainer.devices, "
+            f"trainer.num_nodes or trainer.accumulate_grad_batches (with a discriminator, the module's accumulate)"
+        )
+    return clips
+
+
+def accumulated_batches(trainer: L.Trainer | None) -> int:
+    """Batches of an update on each device, by the trainer, or by the module in manual optimization."""
+    if trainer is None:
+        return 1
+    return trainer.accumulate_grad_batches * getattr(trainer.lightning_module, "accumulate", 1)
 
 
 def rank_and_world(trainer: L.Trainer | None) -> tuple[int, int]:

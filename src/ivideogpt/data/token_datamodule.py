@@ -70,14 +70,16 @@ class TokenDataModule(PositionDataModule):
             are cut as those of the token sets; None: no validation.
         segment_length: Frames of a clip that the token sets must have; None takes what they have.
         context_length: Context frames that they must have; None takes what they have.
-        batch_size: Clips of a batch on each device.
+        batch_size: Clips of a batch on each device; None: 16, or what follows from `global_batch_size`.
+        global_batch_size: Clips of an update, over all processes and accumulated batches, in place of `batch_size`.
         val_batch_size: The same in validation; None: as in training.
         num_workers: Loading processes on each device.
         seed: Decides the order of the training clips.
         use_actions: Deliver actions where the sets have them.
         use_rewards: Deliver rewards where the sets have them.
         val_clips_per_episode: Clips of each episode of a shard set in `val`, evenly spaced; 1 starts at frame 0.
-        epoch_batches: Batches that the trainer calls an epoch; None: one pass over the training clips.
+        epoch_batches: Batches that the trainer calls an epoch, with `global_batch_size` updates; None: one pass over
+            the training clips.
         verify: Hash every shard when it is opened.
 
     Raises:
@@ -90,7 +92,8 @@ class TokenDataModule(PositionDataModule):
         val: str | list[str] | None = None,
         segment_length: int | None = None,
         context_length: int | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
+        global_batch_size: int | None = None,
         val_batch_size: int | None = None,
         num_workers: int = 1,
         seed: int = 0,
@@ -100,11 +103,10 @@ class TokenDataModule(PositionDataModule):
         epoch_batches: int | None = None,
         verify: bool = False,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, epoch_batches)
+        super().__init__(batch_size, num_workers, seed, epoch_batches, global_batch_size, val_batch_size)
         self.train_source, self.val_source = train, [val] if isinstance(val, str) else val
         self.wanted = {"segment_length": segment_length, "context_length": context_length}
-        self.val_batch_size, self.val_clips_per_episode = val_batch_size or batch_size, val_clips_per_episode
-        self.verify = verify
+        self.val_clips_per_episode, self.verify = val_clips_per_episode, verify
         self._uses = {"actions": use_actions, "rewards": use_rewards}
         self._sets: tuple[list[TokenSet], list[TokenSet]] | None = None
         self._train_clips: TrainingTokens | None = None
@@ -154,7 +156,9 @@ class TokenDataModule(PositionDataModule):
             self.val_source,
             self.val_source,
             **{name: manifest[name] for name in same},
-            batch_size=self.val_batch_size,
+            batch_size=self.given_batch_size,
+            global_batch_size=self.global_batch_size,
+            val_batch_size=self.given_val_batch_size,
             num_workers=self.num_workers,
             augment=False,
             use_actions=self._uses["actions"] and manifest["action_dim"] is not None,
@@ -235,7 +239,7 @@ class TokenDataModule(PositionDataModule):
             return []
         clips: ConcatDataset = ConcatDataset(val)  # type: ignore[arg-type]
         sampler = ExactSampler(clips, *reversed(rank_and_world(self.trainer)))
-        options = self.loader_options() | {"sampler": sampler, "collate_fn": self._collate}
+        options = self.loader_options() | {"sampler": sampler, "collate_fn": sampler.collation(self._collate)}
         return DataLoader(clips, self.val_batch_size, **options)
 
     test_dataloader = val_dataloader

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ivideogpt.recipes.adapters import base_reference, find_whole_base, make_adapter
+from ivideogpt.recipes.batches import SHARES, SIZES, check_batch, clips_of_update, processes
 from ivideogpt.recipes.checking import BASES, build_arguments, trains
 from ivideogpt.recipes.classes import arguments, defaults, import_class
 from ivideogpt.recipes.fitting import check_fit
@@ -73,14 +74,7 @@ class Stage:
     @property
     def is_shared(self) -> bool:
         """Whether all processes take part in the stage: in a training, and in an evaluation on several devices."""
-        trainer = self.config["trainer"]
-        devices = trainer.get("devices") or "auto"
-        if devices in ("auto", -1, "-1"):
-            several = trainer.get("accelerator", "auto") != "cpu" and torch.cuda.device_count() > 1
-        else:
-            numbers = devices.split(",") if isinstance(devices, str) and "," in devices else devices
-            several = (len(numbers) if isinstance(numbers, list) else int(numbers)) > 1
-        return self.trains or several or trainer.get("num_nodes", 1) > 1
+        return self.trains or processes(self.config["trainer"]) > 1
 
     @property
     def makes_world_model(self) -> bool:
@@ -134,13 +128,15 @@ class Stage:
         trainer.strategy.barrier()
 
     def check_sources(self) -> None:
-        """Finds (fetches) what the stage starts from outside of the recipe, and opens its data.
+        """Checks the batch, finds (fetches) what the stage starts from outside of the recipe, and opens its data.
 
         So a mistake in the last stage does not wait until the others are done.
 
         Raises:
-            ValueError: if a source is not there.
+            ValueError: if the batch does not divide by the processes, or a source is not there.
         """
+        if self.trains:
+            check_batch(self.config, f"stages.{self.name}")
         for where, spec in self._parts().items():
             if "from" in spec and spec["from"] not in self.earlier:
                 source_folder(spec, self.earlier, where)
@@ -203,14 +199,22 @@ class Stage:
         )
 
     def _changes(self, old: Node, new: Node) -> list[str]:
-        """Differences that can matter: not arguments that a later version of a class brought, left at their default."""
+        """Differences that can matter.
+
+        These are not arguments that a later version of a class brought, left at their default, nor how an update's
+        clips are shared out over processes and accumulated batches, as long as they are as many.
+        """
         old, new = copy.deepcopy(old), copy.deepcopy(new)
+        harmless = dict(HARMLESS)
+        if self.trains and BASES.keys() <= old.keys() and clips_of_update(old) == clips_of_update(new) is not None:
+            for key, names in {**SHARES, "data": SIZES}.items():
+                harmless[key] = (*harmless.get(key, ()), *names)
         for key in BASES:
             known, values = old.get(key, {}).get("init_args", {}), new[key]["init_args"]
             for name, default in defaults(self._class(key)).items():
                 if name not in known and values.get(name) == default:
                     values.pop(name, None)
-        for key, names in HARMLESS.items():
+        for key, names in harmless.items():
             for settings in (old, new):
                 node = settings.get(key, {})
                 for name in names:

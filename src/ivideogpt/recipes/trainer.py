@@ -20,6 +20,7 @@ from ivideogpt.recipes.reading import Node
 from ivideogpt.training.callbacks import SeededUpdates
 from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, Preempted, latest_checkpoint
 from ivideogpt.training.progress import UpdateProgress
+from ivideogpt.training.resumption import Resumption
 
 
 def build_trainer(settings: Node, where: str, folder: Path, seed: int) -> tuple[Trainer, Path | None]:
@@ -38,7 +39,7 @@ def build_trainer(settings: Node, where: str, folder: Path, seed: int) -> tuple[
     found = latest_checkpoint(folder / "checkpoints")
     step = 0 if found is None else found[0]
     callbacks = kwargs.pop("callbacks", None) or []
-    callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), SeededUpdates(seed)]
+    callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), SeededUpdates(seed), Resumption()]
     if not any(isinstance(callback, Checkpoints) for callback in callbacks):
         callbacks.append(Checkpoints())
     own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)

@@ -125,7 +125,8 @@ class CodebookUsage(Callback):
         config = _tokenizer(pl_module).config
         sizes = {"context": config.codebook_size, "dynamics": config.dynamics_codebook_size}
         for name, size in sizes.items():
-            counts = torch.bincount(outputs[f"{name}_indices"].flatten(), minlength=size)
+            indices = outputs[f"{name}_indices"].flatten()
+            counts = torch.bincount(indices if batch["key"] else indices[:0], minlength=size)
             self._counts[name] = self._counts.get(name, 0) + counts
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

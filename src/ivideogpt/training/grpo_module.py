@@ -251,5 +251,4 @@ class GRPOModule(TransformerModule):
         frames, truth = imagined.video[:, context_length:], batch["video"][:, context_length:]
         logs = {name: value.mean() for name, value in self.judge(imagined, batch).items()}
         logs |= {"psnr": psnr(frames, truth).mean(), "mse": mse(frames, truth).mean()}
-        named = {f"val/{name}": value for name, value in logs.items()}
-        self.log_dict(named, batch_size=len(truth), sync_dist=True)
+        self.log_validation({f"val/{name}": value for name, value in logs.items()}, batch)

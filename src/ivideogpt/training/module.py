@@ -75,7 +75,9 @@ class TrainingModule(LightningModule):
         """
         top = name.partition(".")[0]
         if top not in parts or getattr(self, top) is None:
-            raise ValueError(f"freeze: {name!r} is no part of {' or '.join(parts)}")
+            raise ValueError(
+                f"freeze: {name!r} is no part of the {' or the '.join(part.replace('_', ' ') for part in parts)}"
+            )
         try:
             self.freeze_part(name)
         except AttributeError:
@@ -203,6 +205,15 @@ class TrainingModule(LightningModule):
             else:
                 self.clip_gradients(optimizer, clip, algorithm)
         return True
+
+    def log_validation(self, metrics: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+        """Logs the means of a batch of held-out clips, for a mean over the clips of all processes.
+
+        A batch with an empty ``key`` takes part, and does not count: that of a process for which there is no clip.
+        """
+        # a float: the processes' counts are averaged, and Lightning cuts off what is behind the point of an int
+        clips: Any = float(len(batch.get("key", next(iter(batch.values())))))
+        self.log_dict(metrics, batch_size=clips, sync_dist=True)
 
     def _log_update(self, optimizer: Optimizer, norm: Tensor) -> None:
         """Logs the norm of the gradients, before they are clipped, and the learning rate, where the trainer logs."""

@@ -250,7 +250,7 @@ class TokenizerModule(TrainingModule):
         logs = {f"val/{name}": value for name, value in terms.items()}
         logs["val/psnr"] = psnr(output.future_reconstruction.float().clamp(0, 1), future).mean()
         logs["val/context_psnr"] = psnr(output.context_reconstruction.float().clamp(0, 1), context).mean()
-        self.log_dict(logs, batch_size=len(context), sync_dist=True)
+        self.log_validation(logs, batch)
         return {"context_indices": output.context_indices, "dynamics_indices": output.dynamics_indices}
 
     def imagine(self, batch: dict[str, Any]) -> Tensor:

@@ -259,10 +259,11 @@ class TransformerModule(TrainingModule):
         out = self.predict_clip(batch)
         logs = {f"val/{name}": value for name, value in self.losses(out, batch).items()}
         logs["val/token_accuracy"] = (out.logits[:, :-1].argmax(-1) == out.labels[:, 1:]).float().mean()
-        self.log_dict(logs, batch_size=len(out.logits), sync_dist=True)
+        self.log_validation(logs, batch)
         if self.reward_head is not None:
-            rewards = self.layout.future_rewards(batch["rewards"]).float()
-            self.reward_correlation(self.reward_head.predict(out.reward_hidden).flatten(), rewards.flatten())
+            if batch.get("key", True):  # empty in a process for which there is no clip
+                rewards = self.layout.future_rewards(batch["rewards"]).float()
+                self.reward_correlation.update(self.reward_head.predict(out.reward_hidden).flatten(), rewards.flatten())
             self.log("val/reward_correlation", self.reward_correlation, on_step=False, on_epoch=True)
 
     def imagine(self, batch: dict[str, Any], temperature: float = 1.0, top_k: int | None = 100) -> Tensor:
