@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from ivideogpt.config import RewardHeadConfig, TokenizerConfig, TransformerConfig
 from ivideogpt.data.datamodule import VideoDataModule
+from ivideogpt.models.discriminator import PatchDiscriminator
 from ivideogpt.models.reward_head import RewardHead
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer
@@ -37,6 +38,9 @@ def build(kind: str, **changes: Any) -> TrainingModule:
     tokenizer = CompressiveTokenizer(TOKENIZER)
     if kind == "tokenizer":
         return TokenizerModule(tokenizer, perceptual_weight=0.0, **changes)
+    if kind == "adversarial":
+        critic = PatchDiscriminator(base_channels=8)
+        return TokenizerModule(tokenizer, perceptual_weight=0.0, discriminator=critic, **changes)
     config = TransformerConfig(
         vocab_size=TOKENIZER.vocab_size, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=2, max_positions=256,
         action_dim=3, attention_dropout=0.0,
@@ -53,7 +57,7 @@ def main(settings: dict[str, Any]) -> None:
     module = build(settings["kind"], **settings.get("module", {}))
     data = VideoDataModule(
         settings["shards"], settings["shards"], segment_length=4, context_length=2, resolution=32,
-        augment=False, use_rewards=settings["kind"] != "tokenizer", **settings["data"],
+        augment=False, use_rewards=settings["kind"] == "transformer", **settings["data"],
     )  # fmt: skip
     folder = Path(settings["folder"])
     strategy: Any = FullyShardedStrategy() if settings["strategy"] == "sharded" else settings["strategy"]
