@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ivideogpt.recipes.loggers import finish_wandb, place_wandb
 from ivideogpt.recipes.parts import PartBuilder, check_initial_weights, part_arguments, several_spaces, source_folder
 from ivideogpt.recipes.reading import Node
 from ivideogpt.recipes.results import differences, fingerprint, read_record, save_tokenizer, write_record, write_text
-from ivideogpt.recipes.trainer import build_trainer, interrupts_raised
+from ivideogpt.recipes.trainer import build_trainer, count_processes, interrupts_raised
 from ivideogpt.training.sharding import is_sharded, whole_state
 from ivideogpt.zoo.adapter import save_adapter
 from ivideogpt.zoo.checkpoint import FILES, Parts, save_parts
@@ -73,14 +74,12 @@ class Stage:
     @property
     def is_shared(self) -> bool:
         """Whether all processes take part in the stage: in a training, and in an evaluation on several devices."""
-        trainer = self.config["trainer"]
-        devices = trainer.get("devices") or "auto"
-        if devices in ("auto", -1, "-1"):
-            several = trainer.get("accelerator", "auto") != "cpu" and torch.cuda.device_count() > 1
-        else:
-            numbers = devices.split(",") if isinstance(devices, str) and "," in devices else devices
-            several = (len(numbers) if isinstance(numbers, list) else int(numbers)) > 1
-        return self.trains or several or trainer.get("num_nodes", 1) > 1
+        return self.trains or self.processes > 1
+
+    @cached_property
+    def processes(self) -> int:
+        """How many processes the trainer uses."""
+        return count_processes(self.config["trainer"], f"stages.{self.name}")
 
     @property
     def makes_world_model(self) -> bool:
@@ -183,6 +182,8 @@ class Stage:
         changes = self._changes(record.get("settings", {}), settings)
         if not changes:
             return record
+        if record["state"] == "running" and not self._has_made():
+            return None  # it failed before there was anything to lose
         listed = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
         if self.on_change == "continue":
             console.print(f"[bold]{self.name}[/]: going on with other settings: {escape(listed)}", highlight=False)
@@ -201,6 +202,12 @@ class Stage:
             f"output=FOLDER, or on_change=rerun (the old stage is moved aside) or on_change=continue (from its last "
             f"checkpoint, with the new settings)"
         )
+
+    def _has_made(self) -> bool:
+        """Whether the folder holds weights, checkpoints or measurements."""
+        made = [self.folder / "tokenizer", self.folder / "transformer", *self.folder.glob("*.safetensors")]
+        made += [*(self.folder / "checkpoints").glob("*.ckpt"), *self.folder.glob("results.json*")]
+        return any(path.exists() for path in made)
 
     def _changes(self, old: Node, new: Node) -> list[str]:
         """Differences that can matter: not arguments that a later version of a class brought, left at their default."""
