@@ -88,7 +88,7 @@ class Launch:
 
     @contextlib.contextmanager
     def ending_together(self) -> Iterator[None]:
-        """Ends this process silently if the first one reports the same mistake of the user's.
+        """Ends this process silently if the first one reports the same mistake of the user's; takes leave in any case.
 
         Raises:
             ValueError: a mistake that only this process found, with its number.
@@ -107,6 +107,8 @@ class Launch:
                 # Lightning kills the first process where it sees that a child of it has failed
                 raise SystemExit(0 if self.is_child else 2) from error
             raise ValueError(f"process {self.rank}: {error}") from error
+        finally:
+            leave_group(failed=True)  # where the run has not done so at its end
 
     def _tell(self, message: str) -> None:
         """Tells the others, and waits a moment for those that have failed too."""
@@ -122,9 +124,10 @@ class Launch:
         with contextlib.suppress(Exception):
             store = _store()
             if store is not None:
-                store.set(f"{_HEARD}/{self.rank}", "")
                 store.wait([_SAID], timedelta(seconds=PATIENCE))
-                return store.get(_SAID).decode()
+                said = store.get(_SAID).decode()
+                store.set(f"{_HEARD}/{self.rank}", "")
+                return said
         time.sleep(PATIENCE)  # launchers end the others when the first process ends with an error
         return None
 
@@ -134,7 +137,7 @@ _SAID, _HEARD = "ivideogpt/error", "ivideogpt/heard"
 
 def _store() -> distributed.TCPStore | None:
     """The store through which the processes meet; None where there is none yet."""
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+    if not (distributed.is_initialized() or TorchElasticEnvironment.detect()):
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=PATIENCE))

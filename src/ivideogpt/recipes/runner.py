@@ -157,22 +157,18 @@ def _run(recipe: Node, launch: Launch) -> Path:
         begun = [stage for stage in stages if not is_finished(stage.folder)]
         launch.check({stage.name: stage.processes for stage in begun if stage.is_shared})
         with _only_run(output) if first else contextlib.nullcontext():
-            failed = True
-            try:
-                for stage in stages:
-                    stage.check_unchanged()
-                    if stage in begun:
-                        stage.check_sources()
-                for stage in stages:
-                    if stage.is_shared or first:
-                        stage.run(console if first else Console(quiet=True))
-                    if first and stage is last:
-                        compose_model(stage.folder, output)
-                if first:
-                    write_text(output / "recipe.yaml", text)
-                failed = False
-            finally:
-                leave_group(failed)
+            for stage in stages:
+                stage.check_unchanged()
+                if stage in begun:
+                    stage.check_sources()
+            for stage in stages:
+                if stage.is_shared or first:
+                    stage.run(console if first else Console(quiet=True))
+                if first and stage is last:
+                    compose_model(stage.folder, output)
+            if first:
+                write_text(output / "recipe.yaml", text)
+            leave_group(failed=False)
             if first and recipe.get("publish") is not None:
                 for line in describe(publish(output, publish_settings(recipe["publish"]))):
                     console.print(line, highlight=False, markup=False, soft_wrap=True)
