@@ -39,6 +39,9 @@ def build(kind: str, **changes: Any) -> TrainingModule:
     tokenizer = CompressiveTokenizer(TOKENIZER)
     if kind == "tokenizer":
         return TokenizerModule(tokenizer, perceptual_weight=0.0, **changes)
+    if kind == "adversarial":
+        critic = PatchDiscriminator(base_channels=8)
+        return TokenizerModule(tokenizer, perceptual_weight=0.0, discriminator=critic, **changes)
     config = TransformerConfig(
         vocab_size=TOKENIZER.vocab_size, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=2, max_positions=256,
         action_dim=3, attention_dropout=0.0,
@@ -64,15 +67,12 @@ def main(settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     seed_everything(0, verbose=False)
-    changes = settings.get("module", {})
-    if settings.get("discriminator"):
-        changes = {**changes, "discriminator": PatchDiscriminator(3, 8, 2)}
-    module = build(settings["kind"], **changes)
+    module = build(settings["kind"], **settings.get("module", {}))
     if "spoilt" in settings:
         spoil(module, *settings["spoilt"])
     data = VideoDataModule(
         settings["shards"], settings.get("val", settings["shards"]), segment_length=4, context_length=2, resolution=32,
-        augment=False, use_rewards=settings["kind"] != "tokenizer", **settings["data"],
+        augment=False, use_rewards=settings["kind"] == "transformer", **settings["data"],
     )  # fmt: skip
     folder = Path(settings["folder"])
     strategy: Any = FullyShardedStrategy() if settings["strategy"] == "sharded" else settings["strategy"]

@@ -142,6 +142,24 @@ def test_two_processes_equal_one_with_the_doubled_batch(fit: Fit, kind: str) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_discriminator_in_two_processes_equals_one_with_the_doubled_batch(fit: Fit, accumulate: int) -> None:
+    settings: dict[str, Any] = {"kind": "adversarial", "every": 1, "data": {"epoch_batches": 99}}
+    module = {"discriminator_start": 2, "accumulate": accumulate}
+    one = fit("one", **settings, module=module)
+    two = fit("two", 2, strategy="ddp", **settings, module=module)
+    start = runpy.run_path(str(SCRIPT))["build"]("adversarial").state_dict()
+    for part in ("tokenizer.", "discriminator."):
+        first, second = ({name: value for name, value in end.items() if name.startswith(part)} for end in (one, two))
+        assert distance(first, {name: start[name] for name in first}) > 1e-3  # the critic has begun
+        assert far(first, second, 1e-6) < 1e-3
+    if accumulate > 1:  # stopped before the critic begins, it goes on to the bit
+        half = fit("half", 2, strategy="ddp", **settings, module=module, trainer={"max_steps": 2})
+        assert all(torch.equal(half[name], start[name]) for name in start if name.startswith("discriminator."))
+        assert distance(fit("half", 2, strategy="ddp", **settings, module=module), two) == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["transformer", "tokenizer"])
 def test_sharded_equals_ddp(fit: Fit, kind: str) -> None:
     ddp = fit("ddp", 2, kind=kind, strategy="ddp")
@@ -169,11 +187,11 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "sharded", "discriminator"])
-def test_a_bad_loss_on_one_process_stops_all_with_the_same_checkpoints(fit: Fit, strategy: str) -> None:
-    settings: dict[str, Any] = {"kind": "tokenizer" if strategy == "discriminator" else "transformer"}
-    settings["discriminator"] = strategy == "discriminator"
-    settings["strategy"] = "ddp_find_unused_parameters_true" if strategy == "discriminator" else strategy
+@pytest.mark.parametrize(
+    ("kind", "strategy"), [("transformer", "ddp"), ("transformer", "sharded"), ("adversarial", "ddp")]
+)
+def test_a_bad_loss_on_one_process_stops_all_with_the_same_checkpoints(fit: Fit, kind: str, strategy: str) -> None:
+    settings: dict[str, Any] = {"kind": kind, "strategy": strategy}
     settings |= {"every": 1, "module": {"max_bad_updates": 2, "loss_limit": 1e6}, "trainer": {"max_steps": 20}}
     process = fit.start("run", 2, **settings, spoilt=[1, 3])
     _, errors = process.communicate(timeout=280)

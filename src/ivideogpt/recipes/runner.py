@@ -8,10 +8,14 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ivideogpt.recipes import foreign
 from ivideogpt.recipes.foreign import is_hub_id
 from ivideogpt.recipes.reading import Node, dump_yaml, nearest, read_file, resolve
+
+if TYPE_CHECKING:  # Lightning takes seconds, which a mistyped key need not wait for
+    from ivideogpt.recipes.launch import Launch
 
 
 def recipes_folder() -> Path:
@@ -112,20 +116,27 @@ def run(
         ValueError: if the recipe, an override or an earlier result does not fit.
         OSError: if something cannot be read or written.
     """
-    recipe = load(path_or_name, overrides, trust, revision)
-    text = dump_yaml(recipe)
     if print_config:
-        print(text, end="")
+        print(dump_yaml(load(path_or_name, overrides, trust, revision)), end="")
         return None
+    from ivideogpt.recipes.launch import Launch
+
+    launch = Launch.find()
+    with launch.ending_together():
+        return _run(load(path_or_name, overrides, trust, revision), launch)
+
+
+def _run(recipe: Node, launch: Launch) -> Path:
     # where it was run and published is nobody's business who gets the weights
     text = dump_yaml({key: value for key, value in recipe.items() if key not in ("output", "on_change", "publish")})
     from rich.console import Console
 
+    from ivideogpt.recipes.launch import leave_group
     from ivideogpt.recipes.publishing import describe, publish, publish_settings
     from ivideogpt.recipes.results import write_text
     from ivideogpt.recipes.stage import Stage, compose_model, is_finished
 
-    console = Console()
+    console, first = Console(), launch.rank == 0
     output = Path(recipe["output"])
     stages: list[Stage] = []
     for name, config in recipe["stages"].items():
@@ -142,43 +153,35 @@ def run(
             )
         )
     last = next((stage for stage in reversed(stages) if stage.makes_world_model), None)
-    with _only_run(output) as first, _quiet_lightning():
-        for stage in stages:
-            stage.check_unchanged()
-            if not is_finished(stage.folder):
-                stage.check_sources()
-        for stage in stages:
-            if stage.is_shared or first:
-                stage.run(console if first else Console(quiet=True))
-            if first and stage is last:
-                compose_model(stage.folder, output)
-        if first:
-            write_text(output / "recipe.yaml", text)
-        _leave_group()
-        if first and recipe.get("publish") is not None:
-            for line in describe(publish(output, publish_settings(recipe["publish"]))):
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
+    with _quiet_lightning():
+        begun = [stage for stage in stages if not is_finished(stage.folder)]
+        launch.check({stage.name: stage.processes for stage in begun if stage.is_shared})
+        with _only_run(output) if first else contextlib.nullcontext():
+            for stage in stages:
+                stage.check_unchanged()
+                if stage in begun:
+                    stage.check_sources()
+            for stage in stages:
+                if stage.is_shared or first:
+                    stage.run(console if first else Console(quiet=True))
+                if first and stage is last:
+                    compose_model(stage.folder, output)
+            if first:
+                write_text(output / "recipe.yaml", text)
+            leave_group(failed=False)
+            if first and recipe.get("publish") is not None:
+                for line in describe(publish(output, publish_settings(recipe["publish"]))):
+                    console.print(line, highlight=False, markup=False, soft_wrap=True)
     return output
 
 
-def _leave_group() -> None:
-    """Takes leave of the other processes, whose threads would otherwise be cut off at the end of this one."""
-    from torch import distributed
-
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
 @contextlib.contextmanager
-def _only_run(output: Path) -> Iterator[bool]:
-    """Keeps a second run out of ``output``; True in the process that writes (not in a distributed run's others).
+def _only_run(output: Path) -> Iterator[None]:
+    """Keeps a second run out of ``output``.
 
     Raises:
         ValueError: if another run is using it.
     """
-    if int(os.environ.get("LOCAL_RANK", "0")) or int(os.environ.get("RANK", "0")):
-        yield False
-        return
     output.mkdir(parents=True, exist_ok=True)
     with open(output / ".lock", "w", encoding="utf-8") as file:
         try:
@@ -189,7 +192,7 @@ def _only_run(output: Path) -> Iterator[bool]:
             pass  # no such lock on Windows
         except OSError as error:
             raise ValueError(f"another run is using {output}; wait for it, or give another output=FOLDER") from error
-        yield True
+        yield
 
 
 @contextlib.contextmanager

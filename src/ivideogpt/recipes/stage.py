@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ivideogpt.recipes.adapters import base_reference, find_whole_base, make_adapter
-from ivideogpt.recipes.batches import SHARES, SIZES, check_batch, clips_of_update, processes
+from ivideogpt.recipes.batches import SHARES, SIZES, check_batch, clips_of_update
 from ivideogpt.recipes.checking import BASES, build_arguments, trains
 from ivideogpt.recipes.classes import arguments, defaults, import_class
 from ivideogpt.recipes.fitting import check_fit
@@ -27,7 +28,7 @@ from ivideogpt.recipes.loggers import finish_wandb, place_wandb
 from ivideogpt.recipes.parts import PartBuilder, check_initial_weights, part_arguments, several_spaces, source_folder
 from ivideogpt.recipes.reading import Node
 from ivideogpt.recipes.results import differences, fingerprint, read_record, save_tokenizer, write_record, write_text
-from ivideogpt.recipes.trainer import build_trainer, interrupts_raised
+from ivideogpt.recipes.trainer import build_trainer, count_processes, interrupts_raised
 from ivideogpt.training.sharding import is_sharded, whole_state
 from ivideogpt.zoo.adapter import save_adapter
 from ivideogpt.zoo.checkpoint import FILES, Parts, save_parts
@@ -74,7 +75,12 @@ class Stage:
     @property
     def is_shared(self) -> bool:
         """Whether all processes take part in the stage: in a training, and in an evaluation on several devices."""
-        return self.trains or processes(self.config["trainer"]) > 1
+        return self.trains or self.processes > 1
+
+    @cached_property
+    def processes(self) -> int:
+        """How many processes the trainer uses."""
+        return count_processes(self.config["trainer"], f"stages.{self.name}")
 
     @property
     def makes_world_model(self) -> bool:
@@ -179,6 +185,8 @@ class Stage:
         changes = self._changes(record.get("settings", {}), settings)
         if not changes:
             return record
+        if record["state"] == "running" and not self._has_made():
+            return None  # it failed before there was anything to lose
         listed = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
         if self.on_change == "continue":
             console.print(f"[bold]{self.name}[/]: going on with other settings: {escape(listed)}", highlight=False)
@@ -197,6 +205,12 @@ class Stage:
             f"output=FOLDER, or on_change=rerun (the old stage is moved aside) or on_change=continue (from its last "
             f"checkpoint, with the new settings)"
         )
+
+    def _has_made(self) -> bool:
+        """Whether the folder holds weights, checkpoints or measurements."""
+        made = [self.folder / "tokenizer", self.folder / "transformer", *self.folder.glob("*.safetensors")]
+        made += [*(self.folder / "checkpoints").glob("*.ckpt"), *self.folder.glob("results.json*")]
+        return any(path.exists() for path in made)
 
     def _changes(self, old: Node, new: Node) -> list[str]:
         """Differences that can matter.

@@ -12,13 +12,14 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from ivideogpt.recipes.checking import build_arguments
 from ivideogpt.recipes.loggers import all_loggers
 from ivideogpt.recipes.reading import Node
 from ivideogpt.training.callbacks import SeededUpdates
 from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, Preempted, latest_checkpoint
+from ivideogpt.training.preemption import EndsEvaluation
 from ivideogpt.training.progress import UpdateProgress
 from ivideogpt.training.resumption import Resumption
 
@@ -39,7 +40,8 @@ def build_trainer(settings: Node, where: str, folder: Path, seed: int) -> tuple[
     found = latest_checkpoint(folder / "checkpoints")
     step = 0 if found is None else found[0]
     callbacks = kwargs.pop("callbacks", None) or []
-    callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), SeededUpdates(seed), Resumption()]
+    callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), SeededUpdates(seed)]
+    callbacks += [Resumption(), EndsEvaluation()]
     if not any(isinstance(callback, Checkpoints) for callback in callbacks):
         callbacks.append(Checkpoints())
     own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
@@ -59,9 +61,25 @@ def build_trainer(settings: Node, where: str, folder: Path, seed: int) -> tuple[
     return trainer, None if found is None else found[1]
 
 
+def count_processes(settings: Node, where: str) -> int:
+    """How many processes a trainer of these settings uses, on all machines together.
+
+    Raises:
+        ValueError: if Lightning refuses them, for example for want of a GPU.
+    """
+    chosen: Node = {name: settings[name] for name in ("accelerator", "devices", "num_nodes") if name in settings}
+    kwargs = build_arguments(Trainer, chosen, f"{where}.trainer")
+    kwargs |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    try:
+        trainer = Trainer(**kwargs)
+    except MisconfigurationException as error:
+        raise ValueError(f"{where}.trainer: {error}") from error
+    return trainer.num_devices * trainer.num_nodes
+
+
 @contextlib.contextmanager
 def interrupts_raised(trainer: Trainer) -> Iterator[None]:
-    """Turns the silent exit that Lightning makes of Ctrl-C back into a KeyboardInterrupt."""
+    """Turns the silent exit that Lightning makes of Ctrl-C back into a KeyboardInterrupt, and SIGTERM into code 143."""
     handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
     try:
         yield
@@ -69,6 +87,8 @@ def interrupts_raised(trainer: Trainer) -> Iterator[None]:
         if trainer.is_global_zero:
             print(ended, file=sys.stderr)
         raise
+    except SIGTERMException as error:  # it came before our own handler was in place
+        raise SystemExit(128 + signal.SIGTERM) from error
     except SystemExit as error:
         if trainer.state.status != TrainerStatus.INTERRUPTED:
             raise

@@ -72,13 +72,26 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return 0.5 * (F.relu(1.0 - real_logits.float()).mean() + F.relu(1.0 + fake_logits.float()).mean())
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layers: Sequence[Tensor]) -> Tensor:
+def adaptive_weight(
+    reconstruction: Tensor,
+    adversarial: Tensor,
+    last_layers: Sequence[Tensor],
+    average: Callable[[Sequence[Tensor]], None] | None = None,
+) -> Tensor:
     """Ratio of the two losses' gradient norms at the decoders' last layers (Esser et al., 2021, equation 7).
 
     It keeps the adversarial loss from drowning the reconstruction. Detached, capped.
+
+    Args:
+        reconstruction: loss of the pixels.
+        adversarial: loss of the generator.
+        last_layers: weights of the decoders' last layers.
+        average: replaces gradients by their mean over the processes of a distributed run, whose batch is one.
     """
     norms = []
     for loss in (reconstruction, adversarial):
         gradients = torch.autograd.grad(loss, list(last_layers), retain_graph=True)
+        if average is not None:
+            average(gradients)
         norms.append(torch.sqrt(sum((g.float().pow(2).sum() for g in gradients), torch.zeros((), device=loss.device))))
     return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, MAX_ADVERSARIAL_WEIGHT).detach()

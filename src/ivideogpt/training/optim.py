@@ -1,12 +1,13 @@
-"""Optimizer parts of the training modules: weight-decay groups by module type and the learning-rate schedule."""
+"""Optimizer parts of the training modules: weight-decay groups, learning-rate schedule, gradients of all processes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -19,6 +20,33 @@ position tables, biases) does not."""
 
 FUSED = ("cpu", "cuda", "xpu", "mps")
 """Devices that torch updates weights on in one pass over weights, gradients and moments, in place of some six."""
+
+
+MESSAGE = 2**24
+"""Numbers that :func:`average_over_processes` sends at once: 64 MB of float32."""
+
+
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """The gradients of an optimizer's parameters, in their order."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+@torch.no_grad()
+def average_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replaces each tensor by its mean over all processes, which have the same ones: a few large messages."""
+    processes = torch.distributed.get_world_size()
+    message: list[Tensor] = []
+    for index, tensor in enumerate(tensors):
+        message.append(tensor)
+        following = tensors[index + 1] if index + 1 < len(tensors) else None
+        same = following is not None and (following.dtype, following.device) == (tensor.dtype, tensor.device)
+        if same and sum(part.numel() for part in message) < MESSAGE:
+            continue
+        flat = torch.cat([part.flatten() for part in message]).div_(processes)
+        torch.distributed.all_reduce(flat)
+        for part, mean in zip(message, flat.split([part.numel() for part in message]), strict=True):
+            part.copy_(mean.view(part.shape))
+        message = []
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:

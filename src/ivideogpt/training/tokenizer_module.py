@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from ivideogpt.metrics.lpips import LPIPS
@@ -15,7 +17,7 @@ from ivideogpt.models.tokenizer import CompressiveTokenizer, TokenizerOutput
 from ivideogpt.training.codebook import CodebookRestart
 from ivideogpt.training.losses import ReconstructionLoss, adaptive_weight, discriminator_loss, generator_loss
 from ivideogpt.training.module import TrainingModule
-from ivideogpt.training.optim import Schedule, adamw
+from ivideogpt.training.optim import Schedule, adamw, average_over_processes, gradients_of
 
 
 class TokenizerModule(TrainingModule):
@@ -185,7 +187,8 @@ class TokenizerModule(TrainingModule):
             self.discriminator.requires_grad_(False)
             adversarial = generator_loss(self.discriminator(fake))
             last_layers = (self.tokenizer.decoder.conv_out.weight, self.tokenizer.cond_decoder.conv_out.weight)
-            weight = self.discriminator_weight * adaptive_weight(terms["reconstruction"], adversarial, last_layers)
+            ratio = adaptive_weight(terms["reconstruction"], adversarial, last_layers, self._average)
+            weight = self.discriminator_weight * ratio
             self.discriminator.requires_grad_(True)
             extra |= {"generator": adversarial, "adversarial_weight": weight}
             extra["loss"] = terms["loss"] + weight * adversarial
@@ -194,18 +197,20 @@ class TokenizerModule(TrainingModule):
         self._micro_batch = 0 if last else self._micro_batch + 1
         if first:
             optimizer.zero_grad()
-        self.manual_backward(extra["loss"] / self.accumulate)
+        self._accumulate_gradients(extra["loss"])
         if active:
             if first:
                 critic_optimizer.zero_grad()
             critic = discriminator_loss(self.discriminator(real), self.discriminator(fake.detach()))
             self.note_loss(critic, batch)
             extra["discriminator"] = critic
-            self.manual_backward(critic / self.accumulate)
+            self._accumulate_gradients(critic)
         if last:
             # both networks pass over a bad update, or neither
-            optimizers = [optimizer, critic_optimizer] if active else [optimizer]
-            self.finish_gradients([each.optimizer for each in optimizers])
+            optimizers = [each.optimizer for each in ([optimizer, critic_optimizer] if active else [optimizer])]
+            for each in optimizers:
+                self._average(gradients_of(each))
+            self.finish_gradients(optimizers)
             if active:
                 # stepped below Lightning's wrapper, which would count it as one more update
                 critic_optimizer.optimizer.step()
@@ -214,6 +219,20 @@ class TokenizerModule(TrainingModule):
             self._restart_codebooks(optimizer)
             schedule.step()
         return extra
+
+    def _accumulate_gradients(self, loss: Tensor) -> None:
+        """Adds the gradients of a batch; those of other processes come in once an update, in :meth:`_average`.
+
+        DDP would wait in each backward pass for the gradients of both networks, of which every pass has one only.
+        """
+        strategy = self.trainer.strategy
+        blocked = strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+        with blocked:
+            self.manual_backward(loss / self.accumulate)
+
+    def _average(self, tensors: Sequence[Tensor]) -> None:
+        if self.trainer.world_size > 1:
+            average_over_processes(tensors)
 
     def on_validation_model_zero_grad(self) -> None:
         """Keeps the gradients of an update that a validation comes into."""
