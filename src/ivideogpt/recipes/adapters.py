@@ -32,6 +32,11 @@ def check_lora(values: Node, where: str) -> None:
             f"{where}.lora: an adapter belongs to a model that is there: transformer: {{from: STAGE, zoo name or "
             f"folder}}, got {base}"
         )
+    if "action_dim" in base and base["action_dim"] is None:
+        raise ValueError(
+            f"{where}.lora: an adapter keeps its base's action layer, which action_dim: null drops; leave it out, or "
+            "train without lora"
+        )
     other = values.get("tokenizer") or {}
     if any(other.get(key) != base.get(key) for key in ("from", "revision")):
         raise ValueError(

@@ -8,10 +8,11 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ivideogpt.recipes import foreign
 from ivideogpt.recipes.foreign import is_hub_id
-from ivideogpt.recipes.reading import Node, dump_yaml, nearest, read_file, resolve
+from ivideogpt.recipes.reading import Node, dump_yaml, lay_over, nearest, read_file, resolve
 
 
 def recipes_folder() -> Path:
@@ -71,7 +72,11 @@ def load(
     Raises:
         ValueError: naming what is wrong, where, and the nearest right one.
     """
-    recipe = resolve(read(path_or_name, trust, revision), overrides)
+    recipe = read(path_or_name, trust, revision)
+    folders = [Path(), recipes_folder()]
+    if not is_hub_id(path_or_name):
+        folders.insert(1, find(path_or_name).parent)
+    recipe = resolve(*lay_over(recipe, overrides, folders))
     from ivideogpt.recipes.checking import check_stage  # takes seconds, which a mistyped key need not wait for
     from ivideogpt.recipes.publishing import publish_settings
 
@@ -101,6 +106,7 @@ def run(
         path_or_name: a YAML file, the name of a recipe of the package, or a Hub repository that holds a recipe.
         overrides: ``key=value``, dotted; they replace any value, such as ``stages.tokenizer.trainer.max_steps=100``.
             ``stages.`` and ``init_args`` may be left out; ``trainer.devices=8`` is ``defaults.trainer.devices=8``.
+            ``base=FILE`` lays an overlay over the recipe, below the other overrides.
         trust: allow classes from anywhere, which can run any code.
         print_config: print the resolved recipe and do nothing.
         revision: branch, tag or commit of the Hub repository.
@@ -123,7 +129,7 @@ def run(
 
     from ivideogpt.recipes.publishing import describe, publish, publish_settings
     from ivideogpt.recipes.results import write_text
-    from ivideogpt.recipes.stage import Stage, compose_model, is_finished
+    from ivideogpt.recipes.stage import Stage, compose_model
 
     console = Console()
     output = Path(recipe["output"])
@@ -143,10 +149,11 @@ def run(
         )
     last = next((stage for stage in reversed(stages) if stage.makes_world_model), None)
     with _only_run(output) as first, _quiet_lightning():
+        drafts: dict[str, Any] = {}
         for stage in stages:
             stage.check_unchanged()
-            if not is_finished(stage.folder):
-                stage.check_sources()
+            if not stage.is_done:
+                stage.check(drafts)
         for stage in stages:
             if stage.is_shared or first:
                 stage.run(console if first else Console(quiet=True))
