@@ -53,11 +53,16 @@ def find_whole_base(spec: Node, earlier: Mapping[str, Path], where: str) -> Path
     """
     folder = source_folder(spec, earlier, where)
     if is_adapter(folder):
-        raise ValueError(
-            f"{where}.from: {spec['from']!r} ({folder}) is an adapter, and so cannot be the base of another one; merge "
-            "it first: `ivideogpt merge ADAPTER --out FOLDER`"
-        )
+        raise ValueError(no_base(spec, folder, where))
     return folder
+
+
+def no_base(spec: Node, folder: Path, where: str) -> str:
+    """What to say where a transformer's ``spec`` names an adapter as the base of another one."""
+    return (
+        f"{where}.from: {spec['from']!r} ({folder}) is an adapter, and so cannot be the base of another one; merge "
+        "it first: `ivideogpt merge ADAPTER --out FOLDER`"
+    )
 
 
 def base_reference(

@@ -19,7 +19,7 @@ from lightning.pytorch import LightningDataModule, seed_everything
 from rich.console import Console
 from rich.markup import escape
 
-from ivideogpt.recipes.adapters import base_reference, find_whole_base, make_adapter
+from ivideogpt.recipes.adapters import base_reference, find_whole_base, make_adapter, no_base
 from ivideogpt.recipes.checking import BASES, build_arguments, trains
 from ivideogpt.recipes.classes import arguments, defaults, import_class
 from ivideogpt.recipes.drafts import DraftBuilder, UnknownDraftError
@@ -160,6 +160,11 @@ class Stage:
         drafts[self.name] = None
         if not self._class("module").__module__.startswith("ivideogpt."):
             return  # somebody else's may do anything with the weights that it is given
+        values = self.config["module"]["init_args"]
+        base = values.get("transformer") or {}
+        if values.get("lora") is not None and getattr(drafts.get(base["from"]), "lora", None) is not None:
+            where = f"stages.{self.name}.module.transformer"
+            raise ValueError(no_base(base, self.earlier[base["from"]], where))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ActionLayerWarning)  # said again when the stage runs
