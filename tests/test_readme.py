@@ -50,9 +50,13 @@ def nano() -> Path:
 
 @pytest.fixture
 def my_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working folder with recordings as the README describes them: a square that the actions push around."""
+    """A working folder with recordings as the README describes them: a square that the actions push around.
+
+    `.npz` files with four numbers an action and rewards, and videos with seven and none.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_recordings").mkdir()
+    (tmp_path / "my_videos").mkdir()
     rng = np.random.default_rng(0)
     for number in range(5):
         actions = rng.uniform(-4, 4, (16, 4)).astype(np.float32)
@@ -64,12 +68,33 @@ def my_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             place += actions[frame, :2]
         rewards = np.concatenate([[0], actions[:-1, 0]]).astype(np.float32)
         np.savez(tmp_path / "my_recordings" / f"{number}.npz", image=image, action=actions, reward=rewards)
+        write_mp4(tmp_path / "my_videos" / f"push_{number}.mp4", image)
+        np.save(tmp_path / "my_videos" / f"push_{number}.npy", np.concatenate([actions, actions[:, :3]], axis=1))
+
+
+def write_mp4(path: Path, frames: np.ndarray) -> None:
+    """A video of `frames` (T, H, W, 3), as a camera's."""
+    av = pytest.importorskip("av", reason="the extra `video`")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def test_recordings_of_ones_own_take_at_most_ten_lines() -> None:
+    section = README.partition("## Bring your own recordings")[2].partition("\n## ")[0]
+    shown = re.findall(r"^```bash\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+    assert len(shown) == 2 and all(0 < len(block.splitlines()) <= 10 for block in shown)
 
 
 def test_every_command_is_one_that_is_run_here() -> None:
     assert {shlex.split(line)[0] for line in commands()} == {"pip", "make", "ivideogpt"}
 
 
+@pytest.mark.filterwarnings("ignore::ivideogpt.zoo.changing.ActionLayerWarning")  # of actions with seven numbers
 def test_the_commands_run(
     nano: Path, my_recordings: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +106,7 @@ def test_the_commands_run(
         monkeypatch.setattr(sys, "argv", ["ivideogpt", *words])
         assert cli.main(words) == 0, f"{line}\n{capfd.readouterr().err}"
     written = {"rollout.gif", "results.json", "my_data", "my_run", "my_results.json", "tuned.html"}
+    written |= {"my_video_data", "my_video_run", "my_video_results.json"}
     assert written <= {path.name for path in Path().iterdir()}
 
 

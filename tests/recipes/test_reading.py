@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ivideogpt import cli, recipes
 from ivideogpt.recipes.reading import dump_yaml, merge, parse_yaml, read_file, resolve
 
 STAGE: dict[str, Any] = {
@@ -35,6 +36,43 @@ def test_overlays_that_are_missing_or_go_in_a_circle_are_refused(tmp_path: Path)
     (tmp_path / "b.yaml").write_text("base: a.yaml")
     with pytest.raises(ValueError, match=r"names itself in `base`, by way of a.yaml -> b.yaml"):
         read_file(tmp_path / "a.yaml")
+
+
+def test_an_overlay_from_the_command_line_lies_over_the_recipe_and_under_its_other_overrides(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(stages=("tokenizer",), base=[])
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: {trainer: {max_steps: 4, precision: bf16-mixed}}"
+    )  # beside the recipe
+    Path("seed.yaml").write_text("seed: 9\ndefaults: {trainer: {precision: 32-true}}")  # in the working folder
+
+    def load(*words: str) -> Any:
+        return recipes.load(path, words)
+
+    trainer = load("base=mine.yaml")["stages"]["tokenizer"]["trainer"]
+    assert (trainer["max_steps"], trainer["precision"]) == (4, "bf16-mixed")
+    assert load("base=mine.yaml", "trainer.max_steps=2")["stages"]["tokenizer"]["trainer"]["max_steps"] == 2
+    for words in (["base=[mine.yaml, seed.yaml]"], ["base=mine.yaml", "base=seed.yaml"]):
+        both = load(*words)
+        trainer = both["stages"]["tokenizer"]["trainer"]
+        assert (both["seed"], trainer["max_steps"], trainer["precision"]) == (9, 4, "32-true")
+    with pytest.raises(
+        ValueError, match=r"override 'base=none.yaml': there is no file 'none.yaml' in \., .*, .*recipes"
+    ):
+        load("base=none.yaml")
+    # the package's own overlays; strategy of one class in place of a name
+    sharded = recipes.load("oxe_64_medium", ["base=base/fsdp.yaml"])["stages"]["transformer"]["trainer"]
+    assert sharded["strategy"] == {"class_path": "ivideogpt.training.sharding.FullyShardedStrategy"}
+    assert recipes.load("bair", ["base=base/cpu.yaml"])["stages"]["tokenizer"]["trainer"]["accelerator"] == "cpu"
+
+    # a setting like any other: a stage that was begun without it is not gone on with
+    assert cli.main(["run", str(path), "base=mine.yaml", "trainer.precision=32-true"]) == 0
+    capsys.readouterr()
+    assert cli.main(["run", str(path)]) == 2
+    assert "trainer.max_steps: 4 -> 6" in capsys.readouterr().err
 
 
 def test_another_class_replaces_the_arguments_of_the_first() -> None:
@@ -110,7 +148,7 @@ def test_a_resolved_recipe_reads_back_as_the_same() -> None:
         ("seed.x=1", r"seed.x: seed is 3, it has nothing inside"),
         ("tokenizer.trainer.callbacks.4.n=1", r"is a list of 1, it has no '4'"),
         ("seed=[1", r"the value of override 'seed=\[1' is not valid YAML"),
-        ("base=x.yaml", r"`base` can only stand in a recipe file"),
+        ("base=x.yaml", r"`base` takes a file, such as"),
         ("seed=-1", r"seed must be a whole number from 0 on, got -1"),
         ("name=a/b", r"needs a `name` of letters.*got 'a/b'"),
         ("on_change=ask", r"on_change must be one of error, rerun, continue, got 'ask'"),

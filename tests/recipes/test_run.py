@@ -208,3 +208,20 @@ def test_differences_name_the_place_and_both_values() -> None:
     old = {"a": {"b": 1, "c": [1]}, "d": 2}
     new = {"a": {"b": 3, "c": [1]}, "e": 2}
     assert list(differences(old, new)) == ["a.b: 1 -> 3", "d: 2 -> (absent)", "e: (absent) -> 2"]
+
+
+def test_differences_of_long_values_are_shown_where_they_are() -> None:
+    usage, keep = ({"class_path": f"ivideogpt.training.callbacks.{name}"} for name in ("CodebookUsage", "Throughput"))
+    saves = {"class_path": "ivideogpt.training.checkpoints.Checkpoints", "init_args": {"every_n_updates": 5}}
+    found = list(differences({"callbacks": [usage, saves]}, {"callbacks": [usage, {**saves, "init_args": {}}, keep]}))
+    assert found == [
+        "callbacks.Checkpoints.init_args.every_n_updates: 5 -> (absent)",
+        "callbacks.Throughput: (absent) -> {'class_path': 'ivideogpt.training.callbacks.Throughput'}",
+    ]
+    assert list(differences({"callbacks": [usage, saves]}, {"callbacks": [saves, usage]})) == [
+        "callbacks: their order was CodebookUsage, Checkpoints and is Checkpoints, CodebookUsage"
+    ]
+    sets = [f"runs/data/a-rather-long-name-of-a-set-{number}" for number in range(9)]
+    (line,) = differences({"train": sets}, {"train": [*sets[:5], "other", *sets[6:]]})
+    before, after = line.removeprefix("train: ").split(" -> ")
+    assert "set-5" in before and "other" in after and before != after and max(len(before), len(after)) < 80

@@ -21,7 +21,8 @@ from ivideogpt.training import TransformerModule
 from ivideogpt.training.lora import LoRA
 from ivideogpt.world_model import WorldModel
 from ivideogpt.zoo.adapter import save_adapter, save_for_hub
-from ivideogpt.zoo.checkpoint import ActionLayerWarning, load_parts
+from ivideogpt.zoo.changing import ActionLayerWarning
+from ivideogpt.zoo.checkpoint import load_parts
 
 INSIDE_PEFT = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 CONFIG, WEIGHTS, LAYERS = "adapter_config.json", "adapter_model.safetensors", "adapter_layers.safetensors"

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from ivideogpt.config import RewardHeadConfig, TokenizerConfig, TransformerConfig, WorldModelConfig
 from ivideogpt.world_model import WorldModel
-from ivideogpt.zoo.checkpoint import ActionLayerWarning, load_parts, save_parts
+from ivideogpt.zoo.changing import ActionLayerWarning
+from ivideogpt.zoo.checkpoint import load_parts, save_parts
 
 TOKENIZER = Path("tokenizer/diffusion_pytorch_model.safetensors")
 TRANSFORMER = Path("transformer/model.safetensors")

@@ -19,7 +19,13 @@ def add_parser(subparsers: Any) -> None:
         metavar="RECIPE",
         help="a YAML file, the name of a recipe that the package carries, or USER/NAME on the Hub, whose recipe it is",
     )
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="replace any value of the recipe")
+    parser.add_argument(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        default=[],
+        help="replace any value of the recipe; base=FILE lays an overlay over it, such as base/fsdp.yaml",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument(
         "--trust", action="store_true", help="allow classes from outside this package, lightning and torch"

@@ -78,10 +78,7 @@ class LPIPS(nn.Module):
         try:
             return cls(network, fetch_weights(network))
         except OSError as error:
-            raise OSError(
-                f"{error}. Train without the perceptual loss: perceptual_weight: 0 (on the command line "
-                f"stages.tokenizer.module.perceptual_weight=0)"
-            ) from error
+            raise OSError(f"{error}. Train without the perceptual loss: perceptual_weight: 0") from error
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Distances (...) of frames (..., 3, H, W) in [0, 1].

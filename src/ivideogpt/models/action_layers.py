@@ -11,6 +11,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ivideogpt.models.transformer import Transformer
@@ -86,8 +87,10 @@ class ActionLayers(nn.Module):
     def forward(self, actions: Tensor, sources: Sequence[str]) -> Tensor:
         """What raw actions (B, F, A), padded to the widest, add to their slots (B, F, D); nothing where no space is.
 
-        Every layer takes part in every batch, so that gradients exist on all processes.
+        Every layer takes part in every batch, so that gradients exist on all processes; also that of a space of which
+        the data have none and which is wider than theirs.
         """
+        actions = F.pad(actions, (0, max(0, max(self.spaces.values()) - actions.shape[-1])))
         spaces = [self.space_of(source) for source in sources]
         added = None
         for name in self.layers:

@@ -32,6 +32,11 @@ def check_lora(values: Node, where: str) -> None:
             f"{where}.lora: an adapter belongs to a model that is there: transformer: {{from: STAGE, zoo name or "
             f"folder}}, got {base}"
         )
+    if "action_dim" in base and base["action_dim"] is None:
+        raise ValueError(
+            f"{where}.lora: an adapter keeps its base's action layer, which action_dim: null drops; leave it out, or "
+            "train without lora"
+        )
     other = values.get("tokenizer") or {}
     if any(other.get(key) != base.get(key) for key in ("from", "revision")):
         raise ValueError(
@@ -48,11 +53,16 @@ def find_whole_base(spec: Node, earlier: Mapping[str, Path], where: str) -> Path
     """
     folder = source_folder(spec, earlier, where)
     if is_adapter(folder):
-        raise ValueError(
-            f"{where}.from: {spec['from']!r} ({folder}) is an adapter, and so cannot be the base of another one; merge "
-            "it first: `ivideogpt merge ADAPTER --out FOLDER`"
-        )
+        raise ValueError(no_base(spec, folder, where))
     return folder
+
+
+def no_base(spec: Node, folder: Path, where: str) -> str:
+    """What to say where a transformer's ``spec`` names an adapter as the base of another one."""
+    return (
+        f"{where}.from: {spec['from']!r} ({folder}) is an adapter, and so cannot be the base of another one; merge "
+        "it first: `ivideogpt merge ADAPTER --out FOLDER`"
+    )
 
 
 def base_reference(

@@ -8,7 +8,8 @@ A module's argument of type tokenizer, transformer, reward head or world model i
     {from: tokenizer}                     of an earlier stage of the recipe
     {from: ivideogpt-metaworld-nano}      of a zoo name, a Hub id or a folder
 
-``from`` takes revision, context_length, action_dim and action_space beside it, as ``ivideogpt.from_pretrained`` does.
+``from`` takes revision, context_length, action_dim and action_space beside it, as ``ivideogpt.from_pretrained`` does;
+``action_dim: null`` drops the action layer.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ivideogpt.recipes.reading import Node, nearest
 from ivideogpt.recipes.results import load_tokenizer
 from ivideogpt.world_model import WorldModel
 from ivideogpt.zoo.adapter import is_adapter
+from ivideogpt.zoo.changing import drop_action_layer
 from ivideogpt.zoo.checkpoint import Parts, load_parts
 from ivideogpt.zoo.vq_weights import find_vq_weights, start_from_vq_weights
 
@@ -38,7 +40,9 @@ KINDS: dict[type, str] = {
     RewardHead: "reward_head",
     WorldModel: "world_model",
 }
-SOURCE_KEYS = ("from", "revision", "context_length", "action_dim", "action_space")
+CLASSES: dict[str, Any] = {kind: cls for cls, kind in KINDS.items()}
+CHANGES = ("context_length", "action_dim", "action_space")
+SOURCE_KEYS = ("from", "revision", *CHANGES)
 INITIAL_WEIGHTS = "initial_weights"
 _CONFIGS: dict[str, Any] = {
     "tokenizer": TokenizerConfig,
@@ -118,11 +122,13 @@ class PartBuilder:
 
     Attributes:
         loaded: the loaded world models that parts were taken from, whose side file and fields are carried on.
+        notes: lines that say what was left out of them.
     """
 
     def __init__(self, folders: Mapping[str, Path]) -> None:
         self.folders = folders
         self.loaded: dict[str, Parts] = {}
+        self.notes: list[str] = []
         self._built: dict[str, nn.Module] = {}
 
     def build(self, kind: str, spec: Node, where: str) -> Any:
@@ -141,8 +147,11 @@ class PartBuilder:
             fields.setdefault("vocab_size", tokenizer.config.vocab_size)
         if kind == "reward_head" and isinstance(transformer, Transformer):
             fields.setdefault("embed_dim", transformer.config.embed_dim)
-        config = part_config(kind, fields, where)
-        part = {"tokenizer": CompressiveTokenizer, "transformer": Transformer, "reward_head": RewardHead}[kind](config)
+        return self._make(kind, part_config(kind, fields, where), fields, where)
+
+    def _make(self, kind: str, config: Any, fields: Node, where: str) -> nn.Module:
+        """A fresh part; ``fields`` may name initial weights."""
+        part = CLASSES[kind](config)
         if fields.get(INITIAL_WEIGHTS) is not None:
             try:
                 start_from_vq_weights(part, fields[INITIAL_WEIGHTS])
@@ -151,19 +160,21 @@ class PartBuilder:
         return part
 
     def _load(self, kind: str, spec: Node, where: str) -> Any:
-        folder = source_folder(spec, self.folders, where)
         if kind == "tokenizer":
-            tokenizer = load_tokenizer(folder)
+            tokenizer = self._tokenizer(spec, where)
             if spec.get("context_length") is not None:
                 tokenizer.set_context_length(spec["context_length"])
             return tokenizer
-        if not (folder / "transformer").is_dir() and not is_adapter(folder):
-            raise ValueError(f"{where}: {spec['from']!r} ({folder}) holds a tokenizer only, not a {kind}")
-        keys = ("context_length", "action_dim", "action_space")
         try:
-            parts = load_parts(folder, **{key: spec.get(key) for key in keys})
+            parts = self._world_model(kind, spec, where)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from error
+        if "action_dim" in spec and spec["action_dim"] is None:
+            size = parts.transformer.config.action_dim
+            if size is not None or parts.action_layers is not None:
+                which = "action spaces" if size is None else f"action layer (actions of size {size})"
+                self.notes.append(f"the {which} of {spec['from']} left out (action_dim: null)")
+            drop_action_layer(parts)
         self.loaded[kind] = parts
         if kind == "world_model":
             if parts.action_layers is not None:
@@ -172,10 +183,19 @@ class PartBuilder:
                 parts.tokenizer, parts.transformer, parts.reward_head, parts.extras, parts.published
             )
         if kind == "reward_head" and parts.reward_head is None:
-            raise ValueError(
-                f"{where}: {spec['from']!r} ({folder}) has no reward head; leave `from` out for a fresh one"
-            )
+            raise ValueError(f"{where}: {spec['from']!r} has no reward head; leave `from` out for a fresh one")
         return getattr(parts, kind)
+
+    def _tokenizer(self, spec: Node, where: str) -> CompressiveTokenizer:
+        """That of the source that ``spec`` names."""
+        return load_tokenizer(source_folder(spec, self.folders, where))
+
+    def _world_model(self, kind: str, spec: Node, where: str) -> Parts:
+        """Parts of the source that ``spec`` names, changed as it says."""
+        folder = source_folder(spec, self.folders, where)
+        if not (folder / "transformer").is_dir() and not is_adapter(folder):
+            raise ValueError(f"{where}: {spec['from']!r} ({folder}) holds a tokenizer only, not a {kind}")
+        return load_parts(folder, **{key: spec.get(key) for key in CHANGES})
 
 
 def several_spaces(where: str, name: str, parts: Parts) -> str:

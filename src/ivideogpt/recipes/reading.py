@@ -107,6 +107,33 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> Node:
     return merge(merged, recipe)
 
 
+def lay_over(recipe: Node, overrides: Sequence[str], folders: Sequence[Path]) -> tuple[Node, list[str]]:
+    """The recipe with the overlays laid over it that ``base=FILE`` names among the overrides, and the other overrides.
+
+    Args:
+        recipe: as it was read.
+        overrides: ``key=value``; ``base=[A, B]``, or ``base=`` several times, names several, of which later ones win.
+        folders: that a file is looked for in, one after another.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
+    rest = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key.strip() != "base":
+            rest.append(text)
+            continue
+        names = parse_yaml(value, f"the value of override {text!r}")
+        for name in names if isinstance(names, list) else [names]:
+            found = next((folder / str(name) for folder in folders if (folder / str(name)).is_file()), None)
+            if name is None or found is None:
+                looked = ", ".join(dict.fromkeys(str(folder) for folder in folders))
+                raise ValueError(f"override {text!r}: there is no file {name!r} in {looked}")
+            recipe = merge(recipe, read_file(found))
+    return recipe, rest
+
+
 def merge(under: Any, over: Any) -> Any:
     """``over`` laid upon ``under``: mappings key by key, everything else replaced; another class_path replaces all."""
     if not (isinstance(under, dict) and isinstance(over, dict)):
@@ -191,7 +218,7 @@ def _parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     if not equals or not all(path):
         raise ValueError(f"override {text!r} must be key=value, such as stages.tokenizer.trainer.max_steps=100")
     if path[0] == "base":
-        raise ValueError(f"override {text!r}: `base` can only stand in a recipe file")
+        raise ValueError(f"override {text!r}: `base` takes a file, such as base=base/fsdp.yaml")
     return path, parse_yaml(value, f"the value of override {text!r}")
 
 

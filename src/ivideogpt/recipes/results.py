@@ -47,8 +47,12 @@ def save_tokenizer(folder: Path, tokenizer: CompressiveTokenizer, extras: dict[s
         (staging / "recipe.yaml").write_text(recipe, encoding="utf-8")
 
 
-def load_tokenizer(folder: Path) -> CompressiveTokenizer:
+def load_tokenizer(folder: Path, device: str = "cpu") -> CompressiveTokenizer:
     """Tokenizer in ``folder``, be it one that was saved alone, a whole world model, or an adapter: its base's.
+
+    Args:
+        folder: of the tokenizer.
+        device: where the weights go; on ``meta`` none is read.
 
     Raises:
         ValueError: if a file is missing or not what it should be.
@@ -66,7 +70,7 @@ def load_tokenizer(folder: Path) -> CompressiveTokenizer:
     tokenizer = build_on_meta(lambda: CompressiveTokenizer(config), folder)
     shapes = {name: tuple(tensor.shape) for name, tensor in tokenizer.state_dict().items()}
     check_header(header, shapes, folder / TOKENIZER_CONFIG)
-    tokenizer.load_state_dict(read_tensors(header, torch.device("cpu"), None), assign=True)
+    tokenizer.load_state_dict(read_tensors(header, torch.device(device), None), assign=True)
     return tokenizer
 
 
@@ -109,12 +113,35 @@ def write_text(path: Path, text: str) -> None:
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """Lines that say where two settings differ: ``trainer.max_steps: 100 -> 200``."""
+    """Lines that say where two settings differ: ``trainer.max_steps: 100 -> 200``.
+
+    In a list of classes, such as callbacks, those of one name are compared, and others are there or not.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
             yield from differences(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{where}.{key}" if where else key)
+    elif isinstance(old, list) and isinstance(new, list) and (by_name := _named(old, new)) is not None:
+        before, after = by_name
+        if list(before) == list(after) or before.keys() != after.keys():
+            yield from differences(before, after, where)
+        elif old != new:  # the same ones
+            yield f"{where}: their order was {', '.join(before)} and is {', '.join(after)}"
     elif old != new:
-        yield f"{where}: {_show(old)} -> {_show(new)}"
+        first, second = _show(old, new)
+        yield f"{where}: {first} -> {second}"
+
+
+def _named(*lists: list[Any]) -> list[dict[str, Any]] | None:
+    """Classes in ``lists`` by their names; None where something else is in one, or a name twice."""
+    found = []
+    for items in lists:
+        if not items or not all(isinstance(item, dict) and "class_path" in item for item in items):
+            return None
+        named = {str(item["class_path"]).rpartition(".")[2]: item for item in items}
+        if len(named) < len(items):
+            return None
+        found.append(named)
+    return found
 
 
 class _Absent:
@@ -123,8 +150,22 @@ class _Absent:
 
 
 _ABSENT = _Absent()
+_WIDTH = 70
+"""Characters of a value that are shown."""
 
 
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 70 else f"{text[:67]}..."
+def _show(old: Any, new: Any) -> tuple[str, str]:
+    """Two values, long ones cut to where they begin to differ."""
+    texts = repr(old), repr(new)
+    if max(map(len, texts)) <= _WIDTH:
+        return texts
+    pairs = enumerate(zip(*texts, strict=False))
+    same = next((place for place, (a, b) in pairs if a != b), min(map(len, texts)))
+    start = same - _WIDTH // 3 if same > _WIDTH // 3 + len("...") else 0
+    first, second = (_cut(text, start) for text in texts)
+    return first, second
+
+
+def _cut(text: str, start: int) -> str:
+    rest = text[start:]
+    return ("..." if start else "") + (rest if len(rest) <= _WIDTH else f"{rest[: _WIDTH - 3]}...")

@@ -8,11 +8,11 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ivideogpt.recipes import foreign
 from ivideogpt.recipes.foreign import is_hub_id
-from ivideogpt.recipes.reading import Node, dump_yaml, nearest, read_file, resolve
+from ivideogpt.recipes.reading import Node, dump_yaml, lay_over, nearest, read_file, resolve
 
 if TYPE_CHECKING:  # Lightning takes seconds, which a mistyped key need not wait for
     from ivideogpt.recipes.launch import Launch
@@ -75,7 +75,11 @@ def load(
     Raises:
         ValueError: naming what is wrong, where, and the nearest right one.
     """
-    recipe = resolve(read(path_or_name, trust, revision), overrides)
+    recipe = read(path_or_name, trust, revision)
+    folders = [Path(), recipes_folder()]
+    if not is_hub_id(path_or_name):
+        folders.insert(1, find(path_or_name).parent)
+    recipe = resolve(*lay_over(recipe, overrides, folders))
     from ivideogpt.recipes.checking import check_stage  # takes seconds, which a mistyped key need not wait for
     from ivideogpt.recipes.publishing import publish_settings
 
@@ -105,6 +109,7 @@ def run(
         path_or_name: a YAML file, the name of a recipe of the package, or a Hub repository that holds a recipe.
         overrides: ``key=value``, dotted; they replace any value, such as ``stages.tokenizer.trainer.max_steps=100``.
             ``stages.`` and ``init_args`` may be left out; ``trainer.devices=8`` is ``defaults.trainer.devices=8``.
+            ``base=FILE`` lays an overlay over the recipe, below the other overrides.
         trust: allow classes from anywhere, which can run any code.
         print_config: print the resolved recipe and do nothing.
         revision: branch, tag or commit of the Hub repository.
@@ -134,7 +139,7 @@ def _run(recipe: Node, launch: Launch) -> Path:
     from ivideogpt.recipes.launch import leave_group
     from ivideogpt.recipes.publishing import describe, publish, publish_settings
     from ivideogpt.recipes.results import write_text
-    from ivideogpt.recipes.stage import Stage, compose_model, is_finished
+    from ivideogpt.recipes.stage import Stage, compose_model
 
     console, first = Console(), launch.rank == 0
     output = Path(recipe["output"])
@@ -154,13 +159,14 @@ def _run(recipe: Node, launch: Launch) -> Path:
         )
     last = next((stage for stage in reversed(stages) if stage.makes_world_model), None)
     with _quiet_lightning():
-        begun = [stage for stage in stages if not is_finished(stage.folder)]
+        begun = [stage for stage in stages if not stage.is_done]
         launch.check({stage.name: stage.processes for stage in begun if stage.is_shared})
         with _only_run(output) if first else contextlib.nullcontext():
+            drafts: dict[str, Any] = {}
             for stage in stages:
                 stage.check_unchanged()
                 if stage in begun:
-                    stage.check_sources()
+                    stage.check(drafts)
             for stage in stages:
                 if stage.is_shared or first:
                     stage.run(console if first else Console(quiet=True))

@@ -6,6 +6,7 @@ import copy
 import filecmp
 import json
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -19,11 +20,12 @@ from lightning.pytorch import LightningDataModule, seed_everything
 from rich.console import Console
 from rich.markup import escape
 
-from ivideogpt.recipes.adapters import base_reference, find_whole_base, make_adapter
+from ivideogpt.recipes.adapters import base_reference, find_whole_base, make_adapter, no_base
 from ivideogpt.recipes.batches import SHARES, SIZES, check_batch, clips_of_update
 from ivideogpt.recipes.checking import BASES, build_arguments, trains
 from ivideogpt.recipes.classes import arguments, defaults, import_class
-from ivideogpt.recipes.fitting import check_fit
+from ivideogpt.recipes.drafts import DraftBuilder, UnknownDraftError
+from ivideogpt.recipes.fitting import check_fit, check_training, describe_changes
 from ivideogpt.recipes.loggers import finish_wandb, place_wandb
 from ivideogpt.recipes.parts import PartBuilder, check_initial_weights, part_arguments, several_spaces, source_folder
 from ivideogpt.recipes.reading import Node
@@ -31,6 +33,7 @@ from ivideogpt.recipes.results import differences, fingerprint, read_record, sav
 from ivideogpt.recipes.trainer import build_trainer, count_processes, interrupts_raised
 from ivideogpt.training.sharding import is_sharded, whole_state
 from ivideogpt.zoo.adapter import save_adapter
+from ivideogpt.zoo.changing import ActionLayerWarning
 from ivideogpt.zoo.checkpoint import FILES, Parts, save_parts
 from ivideogpt.zoo.folder import finish_interrupted_save
 from ivideogpt.zoo.hub import copy_to
@@ -102,6 +105,8 @@ class Stage:
         seed_everything(self.seed, workers=True, verbose=False)
         builder = PartBuilder(self.earlier)
         module = self.build_module(builder)
+        for line in self._notes(module, builder):
+            console.print(f"[bold]{self.name}[/]: {escape(line)}", highlight=False, soft_wrap=True)
         data = self._build(LightningDataModule, "data")
         check_fit(module, data, self.name)
         wanted = place_wandb(dict(self.config["trainer"]), self.folder, self.recipe_name, self.name, record["started"])
@@ -133,13 +138,19 @@ class Stage:
         finish_wandb()
         trainer.strategy.barrier()
 
-    def check_sources(self) -> None:
-        """Checks the batch, finds (fetches) what the stage starts from outside of the recipe, and opens its data.
+    def check(self, drafts: dict[str, Any]) -> None:
+        """Finds (fetches) what the stage starts from outside of the recipe, opens its data, and tries the two together.
 
         So a mistake in the last stage does not wait until the others are done.
 
+        Args:
+            drafts: modules of the earlier stages that are to run, as
+                :class:`ivideogpt.recipes.drafts.DraftBuilder` takes them; gets that of this stage.
+
         Raises:
-            ValueError: if the batch does not divide by the processes, or a source is not there.
+            ValueError: if the batch does not divide by the processes, a source is not there, or something does not go
+                together.
+            OSError: if weights of a loss cannot be had.
         """
         if self.trains:
             check_batch(self.config, f"stages.{self.name}")
@@ -147,7 +158,32 @@ class Stage:
             if "from" in spec and spec["from"] not in self.earlier:
                 source_folder(spec, self.earlier, where)
             check_initial_weights(spec, where)
-        self._build(LightningDataModule, "data").prepare_data()
+        data = self._build(LightningDataModule, "data")
+        data.prepare_data()
+        drafts[self.name] = None
+        if not self._class("module").__module__.startswith("ivideogpt."):
+            return  # somebody else's may do anything with the weights that it is given
+        values = self.config["module"]["init_args"]
+        base = values.get("transformer") or {}
+        if values.get("lora") is not None and getattr(drafts.get(base["from"]), "lora", None) is not None:
+            where = f"stages.{self.name}.module.transformer"
+            raise ValueError(no_base(base, self.earlier[base["from"]], where))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ActionLayerWarning)  # said again when the stage runs
+                module = self.build_module(DraftBuilder(self.earlier, drafts))
+        except UnknownDraftError:
+            return
+        if self.trains:
+            check_training(module, self.config["trainer"], self.name)
+        check_fit(module, data, self.name)
+        drafts[self.name] = module
+
+    def _notes(self, module: Any, builder: PartBuilder) -> list[str]:
+        """What a person should know of the model that the stage starts from."""
+        loaded = builder.loaded.get("transformer")
+        source = (self.config["module"]["init_args"].get("transformer") or {}).get("from")
+        return [*builder.notes, *describe_changes(module, loaded, source)]
 
     def _sources(self) -> dict[str, Node]:
         """Parts of the module that come from somewhere, by their place in the recipe."""
@@ -174,8 +210,19 @@ class Stage:
         """
         record = read_record(self.folder)
         if record is not None and self.on_change == "error":
-            inputs = record.get("settings", {}).get("inputs")  # not known before the earlier stages are done
-            self._settle_changes(record, self._settings(inputs), Console(quiet=True))
+            self._settle_changes(record, self._known_settings(record), Console(quiet=True))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the stage has been finished with these settings, as far as they are known before the others run."""
+        record = read_record(self.folder)
+        if record is None or record.get("state") != "finished":
+            return False
+        return not self._changes(record.get("settings", {}), self._known_settings(record))
+
+    def _known_settings(self, record: Node) -> Node:
+        """What decides the result, but for the inputs, which are not known before the earlier stages are done."""
+        return self._settings(record.get("settings", {}).get("inputs"))
 
     def _settings(self, inputs: Any) -> Node:
         """Everything that decides the result, as plain data."""
@@ -266,7 +313,10 @@ class Stage:
                 kwargs["action_spaces"] = values.get("action_spaces") or loaded.action_layers.spaces
         if "output_folder" in arguments(cls)[0] and values.get("output_folder") is None:
             kwargs["output_folder"] = self.folder
-        module = cls(**kwargs)
+        try:
+            module = cls(**kwargs)
+        except ValueError as error:
+            raise ValueError(f"stages.{self.name}.module: {error}") from error
         layers = getattr(module, "action_layers", None)
         if loaded is not None and loaded.action_layers is not None and layers is not None:
             layers.take(loaded.action_layers)
@@ -290,6 +340,8 @@ class Stage:
         loaded = builder.loaded.get("transformer")
         extras = {**(loaded.extras if loaded else {}), "recipe": self.recipe_name, "training": training}
         extras |= module.action_statistics
+        if module.reward_head is None:
+            extras.pop("reward_transform", None)
         source = (self.config["module"]["init_args"].get("transformer") or {}).get("from")
         if source is not None and source not in self.earlier and not Path(source).expanduser().is_dir():
             extras["base_model"] = source
@@ -303,12 +355,6 @@ class Stage:
         parts = Parts(module.tokenizer, transformer, module.reward_head, extras, old, layers)
         parts.published.recipe = self.recipe_text
         save_parts(folder, parts)
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether the stage in ``folder`` has been finished, be it with these settings or with others."""
-    record = read_record(folder)
-    return record is not None and record.get("state") == "finished"
 
 
 def compose_model(stage_folder: Path, output: Path) -> None:

@@ -43,12 +43,14 @@ def prepare_actions(
         ValueError: if they do not go together, or with the transformer.
     """
     config = module.transformer.config
+    if module.action_warmup_updates < 0:
+        raise ValueError(f"action_warmup_updates must not be negative, got {module.action_warmup_updates}")
     if (mean is None) != (std is None):
         raise ValueError(f"action_mean {mean!r} and action_std {std!r} belong together")
     if spaces is not None and (config.action_dim is not None or mean is not None):
         raise ValueError(
             "with action_spaces the transformer's own action_dim must be null, and action_mean left out; got "
-            f"{config.action_dim} and {mean}"
+            f"{config.action_dim} and {mean}. Beside `from`, action_dim: null drops the action layer"
         )
     if spaces is None and config.action_dim is None and (module.normalizes or module.action_warmup_updates):
         raise ValueError("the transformer takes no actions (action_dim is null): leave out what concerns them")

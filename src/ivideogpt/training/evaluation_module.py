@@ -10,20 +10,22 @@ import torch
 from lightning.pytorch import LightningModule
 from rich.console import Console
 
-from ivideogpt.data.clips import FixedClips
+from ivideogpt.data.clips import ClipSettings, FixedClips
+from ivideogpt.data.datamodule import VideoDataModule
 from ivideogpt.drawing import save_comparison, save_png, strip
 from ivideogpt.metrics.clips import ClipSet
 from ivideogpt.metrics.evaluation import evaluate
 from ivideogpt.metrics.examples import gather
 from ivideogpt.metrics.judges import judges_for
 from ivideogpt.metrics.measuring import BATCH_SIZE, Work
-from ivideogpt.metrics.protocols import CUSTOM, protocol_named
+from ivideogpt.metrics.protocols import CUSTOM, EvaluationProtocol, protocol_named
 from ivideogpt.metrics.report import write_report
 from ivideogpt.metrics.results import write_results
 from ivideogpt.metrics.terminal import result_table, task_table, watching
 from ivideogpt.world_model import WorldModel
 
 RESULTS, REPORT = "results.json", "report.html"
+NO_CLIP = "there is no held-out clip: give the data a `val` set or `holdout_every`"
 
 
 class EvaluationModule(LightningModule):
@@ -90,6 +92,19 @@ class EvaluationModule(LightningModule):
         self.protocol.settled(self.world_model.config)
         self._seen = 0
 
+    def check_data(self, data: Any) -> None:
+        """Refuses held-out episodes that cannot be measured by the protocol.
+
+        Raises:
+            ValueError: naming what does not fit.
+        """
+        self.protocol.settled(self.world_model.config)
+        if isinstance(data, VideoDataModule):
+            mixture = data.mixtures()[1]
+            if mixture is None:
+                raise ValueError(NO_CLIP)
+            ClipSet(mixture, self._settled(data.val_settings, data))
+
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Counts the clips that the trainer lets through.
 
@@ -104,7 +119,7 @@ class EvaluationModule(LightningModule):
         """Rolls out, writes and prints the results."""
         seen = int(self.trainer.strategy.reduce(torch.tensor(self._seen, device=self.device), reduce_op="sum"))
         if not seen:
-            raise ValueError("there is no held-out clip: give the data a `val` set or `holdout_every`")
+            raise ValueError(NO_CLIP)
         folder = Path(self.output_folder or self.trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         journal, first = folder / f"{RESULTS}.journal", self.trainer.is_global_zero
@@ -137,17 +152,20 @@ class EvaluationModule(LightningModule):
         dataset = getattr(loader, "dataset", None)
         if not isinstance(dataset, FixedClips):
             raise ValueError(f"an evaluation needs the fixed clips of a VideoDataModule, got {type(dataset).__name__}")
+        data: Any = self.trainer
+        return ClipSet(dataset.mixture, self._settled(dataset.settings, data.datamodule)).at_most(seen)
+
+    def _settled(self, settings: ClipSettings, data: Any) -> EvaluationProtocol:
+        """The protocol for this model; a custom one cuts clips as the data do."""
         protocol = self.protocol
         if protocol.name == CUSTOM and protocol.base is None:
-            data: Any = self.trainer
-            settings = dataset.settings
             if settings.horizon is not None or settings.shuffle:
                 raise ValueError("an evaluation needs consecutive frames: leave out `horizon` and `shuffle_frames`")
             protocol = protocol.changed(
                 goal=settings.goal, stride=settings.stride, strides=settings.strides, target_rate=settings.target_rate,
-                clips_per_episode=data.datamodule.val_clips_per_episode,
+                clips_per_episode=data.val_clips_per_episode,
             )  # fmt: skip
-        return ClipSet(dataset.mixture, protocol.settled(self.world_model.config)).at_most(seen)
+        return protocol.settled(self.world_model.config)
 
     def _draw(self, folder: Path, clips: ClipSet) -> None:
         if self.num_examples < 1:

@@ -129,6 +129,16 @@ class GRPOModule(TransformerModule):
             self.reference = copy.deepcopy(transformer)
             self.freeze_part("reference")
 
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether the error of predicted rewards counts."""
+        return bool(self.weights["reward_error"])
+
+    @property
+    def uses_perceptual_network(self) -> bool:
+        """Whether futures are judged by LPIPS."""
+        return bool(self.weights["perceptual"])
+
     def configure_model(self) -> None:
         """Loads the perceptual network where it counts."""
         if self.weights["perceptual"] and not hasattr(self, "perceptual"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -157,8 +158,15 @@ class TrainingModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule_of(optimizer), "interval": "step"}}
 
     def schedule_of(self, optimizer: Optimizer, start: int = 0) -> Any:
-        """Learning-rate schedule of ``optimizer`` from update ``start`` to the trainer's last one."""
-        total = int(self.trainer.estimated_stepping_batches)
+        """Learning-rate schedule of ``optimizer`` from update ``start`` to the trainer's last one.
+
+        Raises:
+            ValueError: for a cosine, if the trainer goes by time and so has no last update.
+        """
+        updates = self.trainer.estimated_stepping_batches
+        if math.isinf(updates) and self.schedule == "cosine":
+            raise ValueError("a cosine schedule needs to know the last update: give max_steps, or schedule=constant")
+        total = start if math.isinf(updates) else int(updates)
         return scheduler(optimizer, max(total - start, 1), self.warmup_updates, self.schedule)
 
     def configure_gradient_clipping(

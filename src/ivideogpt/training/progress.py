@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, Timer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
@@ -31,7 +32,8 @@ class UpdateProgress(ProgressBar):
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._console = Console()
-        self._start, self._start_update, self._total, self._last_line = 0.0, 0, 0, 0.0
+        self._start, self._start_update, self._last_line = 0.0, 0, 0.0
+        self._total: int | None = None  # of a training for a time
 
     def enable(self) -> None:
         """Shows the bar."""
@@ -43,7 +45,8 @@ class UpdateProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the display at the update that the run stands at."""
-        self._open(trainer.global_step, int(trainer.estimated_stepping_batches))
+        updates = trainer.estimated_stepping_batches
+        self._open(trainer.global_step, None if math.isinf(updates) else int(updates))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -64,14 +67,15 @@ class UpdateProgress(ProgressBar):
         """Closes the display, so that the error stands below it."""
         self._close()
 
-    def _open(self, done: int, total: int) -> None:
+    def _open(self, done: int, total: int | None) -> None:
         self._start, self._start_update, self._total = time.monotonic(), done, total
         self._last_line = self._start
         if not self.enabled:
             return
         if not self._console.is_terminal:
             resumed = f", going on at {done}" if done else ""
-            self._console.print(f"{self.description}: {total} updates{resumed}", highlight=False)
+            updates = "updates for a time" if total is None else f"{total} updates"
+            self._console.print(f"{self.description}: {updates}{resumed}", highlight=False)
             return
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -90,13 +94,17 @@ class UpdateProgress(ProgressBar):
         if not self.enabled:
             return
         now = time.monotonic()
-        eta = format_seconds(remaining_seconds(self._start_update, done, self._total, now - self._start))
+        if self._total is None:
+            eta = format_seconds(_remaining_time(trainer))
+        else:
+            eta = format_seconds(remaining_seconds(self._start_update, done, self._total, now - self._start))
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done, eta=eta, state=_metrics(trainer))
         elif now - self._last_line >= self.plain_seconds or done == self._total:
             self._last_line = now
             elapsed = format_seconds(now - self._start)
-            line = f"{self.description}: {done}/{self._total} updates, {elapsed}, ETA {eta}, {_metrics(trainer)}"
+            updates = f"{done}" if self._total is None else f"{done}/{self._total}"
+            line = f"{self.description}: {updates} updates, {elapsed}, ETA {eta}, {_metrics(trainer)}"
             self._console.print(Text(line), soft_wrap=True)
 
     def _close(self) -> None:
@@ -110,6 +118,14 @@ def remaining_seconds(start: int, done: int, total: int, elapsed: float) -> floa
     if done <= start:
         return None
     return (total - done) * elapsed / (done - start)
+
+
+def _remaining_time(trainer: Trainer) -> float | None:
+    """Seconds that are left of the trainer's ``max_time``; None where there is none."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Timer):
+            return callback.time_remaining()
+    return None
 
 
 def format_seconds(seconds: float | None) -> str:

@@ -111,6 +111,11 @@ class TokenizerModule(TrainingModule):
         """The tokenizer; the discriminator has an optimizer of its own."""
         return [self.tokenizer]
 
+    @property
+    def uses_perceptual_network(self) -> bool:
+        """Whether the loss has a perceptual term."""
+        return bool(self.reconstruction.perceptual_weight)
+
     def configure_model(self) -> None:
         """Loads the perceptual network, which is the only thing here that may need the network."""
         if self.reconstruction.perceptual_weight and not hasattr(self, "perceptual"):

@@ -169,13 +169,29 @@ class TransformerModule(TrainingModule):
             ValueError: naming what differs.
         """
         data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit":
+            self.check_data(data)
+        else:
+            check_token_data(data, self.tokenizer, self.transformer)
+
+    def check_data(self, data: Any) -> None:
+        """Refuses data that the model cannot be trained on; takes the statistics of the actions from them.
+
+        Raises:
+            ValueError: naming what differs.
+        """
         check_token_data(data, self.tokenizer, self.transformer)
-        if stage != "fit":
-            return
+        if getattr(data, "segment_length", None) is not None:
+            check_length(data.segment_length, self.layout, self.transformer)
         if self.action_layers is not None:
             check_spaces(self.action_layers, data)
         if self.action_statistics_from_data:
             fit_statistics(self, data)
+
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether the data must have rewards."""
+        return self.reward_head is not None
 
     def check_shardable(self) -> None:
         """Layers of several action spaces are not spread over processes."""

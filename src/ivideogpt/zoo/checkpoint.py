@@ -12,13 +12,12 @@ A LoRA adapter (:mod:`ivideogpt.zoo.adapter`) is loaded as well: its base, with 
 from __future__ import annotations
 
 import json
-import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ivideogpt.config import RewardHeadConfig, WorldModelConfig
 from ivideogpt.models.action_layers import ActionLayers
@@ -26,7 +25,8 @@ from ivideogpt.models.reward_head import RewardHead
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import Transformer
 from ivideogpt.zoo import published
-from ivideogpt.zoo.action_spaces import ACTION_SPACES, choose_action_space, read_action_layers, write_action_layers
+from ivideogpt.zoo.action_spaces import ACTION_SPACES, read_action_layers, write_action_layers
+from ivideogpt.zoo.changing import change_parts
 from ivideogpt.zoo.folder import finish_interrupted_save, replacing_files
 from ivideogpt.zoo.published import Published, read_json, reward_key, transformer_key
 from ivideogpt.zoo.side_file import SIDE_FILE, check_extras, read_side_file, side_file_text
@@ -53,10 +53,6 @@ FILES = (
 """Every file of a checkpoint that is ever read."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-class ActionLayerWarning(UserWarning):
-    """The action layer of a loaded model is fresh, because the checkpoint has none or one of another size."""
 
 
 @dataclass
@@ -184,7 +180,7 @@ def load_parts(
         context_length: shortens the tokenizer's context.
         action_dim: size of the actions that will be given. If the checkpoint has no action layer or one of another
             size, the model gets a fresh one, which adds nothing until it is trained, and says so by an
-            :class:`ActionLayerWarning`.
+            :class:`ivideogpt.zoo.changing.ActionLayerWarning`.
         action_space: of a model with several, the one whose action layer the transformer gets.
 
     Raises:
@@ -203,16 +199,14 @@ def load_parts(
         if action_space is not None:
             raise ValueError(f"{folder} is an adapter, with one action space at most; leave out {action_space!r}")
         parts = load_adapted(folder, wanted_device, wanted_dtype, context_length)
-        if action_dim is not None and action_dim != parts.config.action_dim:
-            _renew_action_layer(parts.transformer, action_dim, folder)
-            parts.extras, parts.adapter = _without_action_statistics(parts.extras), None
+        change_parts(parts, folder, action_dim=action_dim)
         return parts
     for name in (TOKENIZER_CONFIG, TRANSFORMER_CONFIG):
         _existing(folder / name, folder)
     headers = {name: read_header(folder / name) for name in (TOKENIZER_WEIGHTS, TRANSFORMER_WEIGHTS)}
     described = describe(folder, headers)
     tokenizer, transformer, reward_head = described.tokenizer, described.transformer, described.reward_head
-    extras, wrapped, stored_action_dim = described.extras, described.wrapped, described.action_dim
+    wrapped = described.wrapped
     weights = headers[TRANSFORMER_WEIGHTS]
 
     tokenizer.load_state_dict(read_tensors(headers[TOKENIZER_WEIGHTS], wanted_device, wanted_dtype), assign=True)
@@ -226,18 +220,6 @@ def load_parts(
     action_layers = None
     if (folder / ACTION_SPACES).is_file():
         action_layers = read_action_layers(folder / ACTION_SPACES, transformer.config.embed_dim, wanted_device)
-    if action_space is not None:
-        transformer, statistics = choose_action_space(transformer, action_layers, action_space, folder)
-        extras, action_layers, stored_action_dim = extras | statistics, None, transformer.config.action_dim
-
-    if context_length is not None and context_length != tokenizer.config.context_length:
-        tokenizer.set_context_length(context_length)
-    if action_dim is not None and action_dim != stored_action_dim:
-        _renew_action_layer(transformer, action_dim, folder)
-        extras, action_layers = _without_action_statistics(extras), None
-    for module in (tokenizer, transformer, reward_head, action_layers):
-        if module is not None:
-            module.eval()
     held = Published(
         tokenizer_fields=described.tokenizer_fields,
         transformer_fields=described.transformer_fields,
@@ -246,7 +228,12 @@ def load_parts(
         transformer_dtypes=weights.dtypes,
         recipe=(folder / RECIPE).read_text(encoding="utf-8") if (folder / RECIPE).is_file() else None,
     )
-    return Parts(tokenizer, transformer, reward_head, extras, held, action_layers)
+    parts = Parts(tokenizer, transformer, reward_head, described.extras, held, action_layers)
+    change_parts(parts, folder, context_length, action_dim, action_space)
+    for module in (parts.tokenizer, parts.transformer, reward_head, parts.action_layers):
+        if module is not None:
+            module.eval()
+    return parts
 
 
 def save_parts(folder: str | Path, parts: Parts, dtype: torch.dtype | str | None = None) -> Path:
@@ -344,28 +331,6 @@ def _check_counts(config: WorldModelConfig, headers: dict[str, Header], folder: 
         count = len(headers[weights_name].shapes)
         if layers > count:
             raise ValueError(f"{folder / name} asks for {layers} layers, {folder / weights_name} has {count} tensors")
-
-
-def _renew_action_layer(transformer: Transformer, action_dim: int, folder: Path) -> None:
-    old = transformer.config.action_dim
-    transformer.config = replace(transformer.config, action_dim=action_dim)
-    like = transformer.lm_head.weight
-    layer = nn.Linear(action_dim, transformer.config.embed_dim, device=like.device, dtype=like.dtype)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    transformer.action_linear = layer
-    had = "no action layer" if old is None else f"an action layer for actions of size {old}"
-    warnings.warn(
-        f"{folder} has {had}: the model gets a fresh one for actions of size {action_dim}. It is zero, so actions "
-        "change nothing until it is trained; everything else is kept",
-        ActionLayerWarning,
-        stacklevel=4,  # where from_pretrained is called
-    )
-
-
-def _without_action_statistics(extras: dict[str, Any]) -> dict[str, Any]:
-    """``extras`` of a model whose action layer is another one now."""
-    return {name: value for name, value in extras.items() if name not in ("action_mean", "action_std")}
 
 
 def _extras_to_write(parts: Parts) -> dict[str, Any]:
