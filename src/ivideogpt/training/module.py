@@ -197,7 +197,7 @@ class TrainingModule(LightningModule):
     def _log_update(self, optimizer: Optimizer) -> None:
         """Logs the norm of the gradients, before they are clipped, and the learning rate, where the trainer logs."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.trainer.logger is None or (self.global_step + 1) % every:
+        if self.trainer.logger is None or not every or (self.global_step + 1) % every:
             return
         groups = optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
