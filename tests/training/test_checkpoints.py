@@ -36,6 +36,15 @@ def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_full_disk_is_named(size: int, tmp_path: Path) -> None:
+    (tmp_path / ".update-000001.ckpt.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"cannot write the checkpoint .*update-000001.ckpt: .*No space left") as caught:
+        AtomicCheckpointIO().save_checkpoint({**STATE, "large": torch.zeros(size)}, tmp_path / "update-000001.ckpt")
+    assert "unexpected pos" not in str(caught.value)
+
+
 def test_newest_checkpoint_that_loads_is_taken(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     for update in (5, 10):
