@@ -26,6 +26,7 @@ def test_two_processes_run_a_recipe_and_skip_it_the_second_time(recipe, tmp_path
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ivideogpt.__file__).parents[1])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
+    assert "GLOBAL_RANK" not in done.stdout + done.stderr  # a line of Lightning's for each process
     assert done.stdout.count("transformer: finished in") == 1
     results = json.loads((tmp_path / "out" / "evaluate" / "results.json").read_text())
     assert (results["processes"], len(results["videos"])) == (2, results["overall"]["clips"])
