@@ -106,3 +106,4 @@ def test_the_results_are_whole_and_what_readme_says(path: Path) -> None:
     for result in record["cases"].values():
         for row in benchmark.markdown(result):
             assert row in readme
+        assert f"`{result['versions']['commit'][:7]}`" in "\n".join(readme)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import yaml
 import ivideogpt
 from ivideogpt import recipes
 from ivideogpt.recipes.results import differences, read_record
+from ivideogpt.training import TokenizerModule
 
 
 def weights(output: Path) -> dict[str, str]:
@@ -225,3 +228,48 @@ def test_differences_of_long_values_are_shown_where_they_are() -> None:
     (line,) = differences({"train": sets}, {"train": [*sets[:5], "other", *sets[6:]]})
     before, after = line.removeprefix("train: ").split(" -> ")
     assert "set-5" in before and "other" in after and before != after and max(len(before), len(after)) < 80
+
+
+def test_the_summary_is_of_all_starts(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def summary(output: Path) -> dict[str, Any]:
+        return json.loads((output / "tokenizer" / "summary.json").read_text())
+
+    path = recipe(stages=("tokenizer",))
+    output = recipes.run(path)
+    assert output is not None
+    whole = summary(output)
+    record = json.loads((output / "tokenizer" / "stage.json").read_text())
+    checkpoint = max((output / "tokenizer" / "checkpoints").iterdir())
+    state = torch.load(checkpoint, weights_only=True)
+    state["callbacks"]["ResumableLogs"]["seconds"] = 1000.0  # as if the first start had taken that long
+    torch.save(state, checkpoint)
+    # a kill between the last checkpoint and the record: nothing is left to train
+    del record["finished"], record["seconds"], record["updates"]
+    (output / "tokenizer" / "stage.json").write_text(json.dumps({**record, "state": "running"}))
+    (output / "tokenizer" / "summary.json").unlink()
+    rows = (output / "tokenizer" / "metrics.csv").read_text()
+    assert recipes.run(path) == output
+    assert 1000 < summary(output)["seconds"] < 1100
+    assert summary(output)["updates"] == whole["updates"]
+    assert summary(output)["metrics"].keys() == whole["metrics"].keys() >= {"train/loss", "val/loss"}
+    assert summary(output)["metrics"]["val/loss"] == pytest.approx(whole["metrics"]["val/loss"], rel=1e-5)
+    assert (output / "tokenizer" / "metrics.csv").read_text() == rows
+
+
+def test_a_validation_that_a_kill_ended_at_the_last_update_is_made_up_for(recipe) -> None:
+    words = ["trainer.max_steps=4"]  # validated there
+    straight = recipes.run(recipe(stages=("tokenizer",), output=str(recipe().parent / "straight")), words)
+    path = recipe(stages=("tokenizer",), output=str(recipe().parent / "killed"))
+
+    def killed(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenizerModule, "validation_step", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            recipes.run(path, words)
+    output = recipes.run(path, words)
+    assert straight is not None and output is not None
+    rows = [(folder / "tokenizer" / "metrics.csv").read_text() for folder in (straight, output)]
+    assert rows[0] == rows[1]
+    assert "val/loss" in json.loads((output / "tokenizer" / "summary.json").read_text())["metrics"]

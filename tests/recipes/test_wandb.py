@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import ivideogpt
 from ivideogpt.recipes.loggers import place_wandb
 
+STRIPS = "transformer.trainer.callbacks=[{class_path: ivideogpt.training.callbacks.RolloutStrips}]"
 LINE = "trainer.logger={class_path: lightning.pytorch.loggers.WandbLogger}"
 
 
@@ -41,7 +43,7 @@ def test_each_stage_is_a_run_with_its_metrics_and_goes_on_when_it_is_resumed(
 ) -> None:
     pytest.importorskip("wandb")
     path, output = recipe(), tmp_path / "out"
-    printed = run(path, tmp_path, LINE)
+    printed = run(path, tmp_path, LINE, STRIPS)
     assert "already in progress" not in printed
     found = {stage: records(output / stage) for stage in ("tokenizer", "transformer")}
     for stage, metrics in (("tokenizer", (b"train/l", b"val/psnr")), ("transformer", (b"train/token_loss", b"val/"))):
@@ -52,7 +54,11 @@ def test_each_stage_is_a_run_with_its_metrics_and_goes_on_when_it_is_resumed(
     assert not (tmp_path / "wandb").exists()  # nothing where the command was started
     assert (output / "transformer" / "metrics.csv").is_file()  # the usual logs are there, too
 
-    run(path, tmp_path, LINE, "transformer.trainer.max_steps=9", "on_change=continue")
+    (animation,) = output.glob("transformer/wandb/offline-run-*/files/media/videos/val/*.gif")
+    with Image.open(animation) as gif:
+        assert gif.n_frames > 1
+
+    run(path, tmp_path, LINE, STRIPS, "transformer.trainer.max_steps=9", "on_change=continue")
     identities = [identity for identity, _ in records(output / "transformer")]
     assert identities == [found["transformer"][0][0]] * 2
     assert len(records(output / "tokenizer")) == 1

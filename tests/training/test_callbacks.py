@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import img_mime_type_detector
 
 from ivideogpt.training import EvaluationModule, TokenizerModule, TransformerModule
 from ivideogpt.training.callbacks import CodebookUsage, RolloutStrips, Throughput
@@ -33,7 +37,13 @@ def test_callbacks_of_a_tokenizer(tiny_world_model, data, trainer, tmp_path, cap
     assert "tok: 4/4 updates" in printed
     assert "ETA 0:00:00" in printed
     assert "val/psnr" in printed
-    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = events.Images("val/rollouts")
+    assert [image.step for image in shown] == [2, 4]
+    assert img_mime_type_detector.from_bytes(shown[-1].encoded_image_string) == "image/gif"  # as TensorBoard serves it
+    with Image.open(io.BytesIO(shown[-1].encoded_image_string)) as gif:
+        assert gif.n_frames > 1 and gif.size == (shown[-1].width, shown[-1].height)
 
 
 def test_strips_of_a_transformer_are_rollouts(tiny_world_model, data, trainer, tmp_path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import ivideogpt
 from ivideogpt.training import TransformerModule
 from ivideogpt.training.callbacks import SeededUpdates
 from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, latest_checkpoint
@@ -34,6 +38,28 @@ def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path: Path) -> None:
         AtomicCheckpointIO().save_checkpoint({**STATE, "bad": FullDisk()}, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+LIMITED = """
+import resource, signal, sys, torch
+from pathlib import Path
+from ivideogpt.training.checkpoints import AtomicCheckpointIO
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write behind the limit is then an error
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(3), "b": torch.zeros(100_000)}, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+def test_what_ends_a_write_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "update-000001.ckpt"
+    environment = {**os.environ, "PYTHONPATH": str(Path(ivideogpt.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(path)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    says = done.stderr.splitlines()[-1]
+    assert f"cannot write the checkpoint {path}: [Errno 27] File too large. Earlier checkpoints are whole" in says
+    assert not list(tmp_path.iterdir())
 
 
 def test_newest_checkpoint_that_loads_is_taken(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ivideogpt.training import TransformerModule
 from ivideogpt.training.callbacks import SeededUpdates
@@ -51,6 +52,30 @@ def clips(frames: int = 5) -> dict[str, Tensor]:
 def test_fresh_matrices_change_no_logit(model: WorldModel) -> None:
     plain, adapted = module_of(model, None).eval(), module_of(model).eval()
     torch.testing.assert_close(adapted.predict_clip(clips()).logits, plain.predict_clip(clips()).logits, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["whole", "lora", "last block", "action layer"])
+def test_arithmetic_is_what_is_done(kind: str, tiny_world_model) -> None:
+    model = tiny_world_model(action_dim=3)
+    transformer, length = model.transformer, 24
+    if kind == "lora":
+        add_lora(transformer, LoRA(rank=2, targets=("q_proj", "down_proj")))
+        transformer.action_linear.requires_grad_(False)
+    elif kind != "whole":
+        transformer.requires_grad_(False)
+        (transformer.layers[-1] if kind == "last block" else transformer.action_linear).requires_grad_(True)
+    embeddings = transformer.embed(torch.arange(length)[None])
+    if kind != "lora":  # whose lowest layers then have no gradient to hand on
+        embeddings = embeddings + transformer.embed_actions(torch.zeros(1, length, 3))
+    embeddings = embeddings.detach().requires_grad_(embeddings.requires_grad)
+    with FlopCounterMode(display=False) as counter:
+        transformer.logits(transformer.backbone(embeddings)).sum().backward()
+    products = ("mm", "addmm", "bmm")
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op).split(".")[-1] in products)
+    config = transformer.config
+    attention = (2 + 6 if kind == "last block" else 6 + 6) * config.embed_dim * length**2  # of two blocks
+    assert config.num_layers == 2
+    assert transformer.flops_per_sequence(length) - attention == counted
 
 
 def test_the_base_stays_and_everything_else_is_trained(model: WorldModel, data, trainer) -> None:

@@ -326,7 +326,7 @@ def _training_record(folder: Path) -> dict[str, Any]:
     if (last["folder"] / "metrics.csv").exists():  # a few updates may be fewer than it takes to log
         with open(last["folder"] / "metrics.csv", newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
-        loss = [(float(row["step"]) + 1, float(row["train/loss"])) for row in rows]
+        loss = [(float(row["step"]), float(row["train/loss"])) for row in rows]
     return {"updates": last["updates"], "seconds": last["seconds"], "seed": last["settings"]["seed"], "loss": loss}
 
 

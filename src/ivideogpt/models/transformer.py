@@ -184,6 +184,25 @@ class Block(nn.Module):
         return self.compute(x, rope, 0, None, None, start)
 
 
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _product_flops(layer: nn.Module, below: bool) -> float:
+    """Operations of a linear ``layer`` on one token, forward and backward; ``below``: whether its input has a gradient.
+
+    Of low-rank matrices beside a weight, the second sees what the first makes, which has a gradient if that is trained.
+    """
+    weights = [(name, weight) for name, weight in layer.named_parameters() if weight.ndim == 2]
+    trained = any(weight.requires_grad for _, weight in weights)
+    return float(
+        sum(
+            (2 + 2 * (trained if "lora_B" in name else below) + 2 * weight.requires_grad) * weight.numel()
+            for name, weight in weights
+        )
+    )
+
+
 class Transformer(nn.Module):
     """Decoder-only transformer over tokens, with an action layer where ``config.action_dim`` is set.
 
@@ -253,18 +272,34 @@ class Transformer(nn.Module):
     def flops_per_sequence(self, length: int, start: int = 0) -> float:
         """Arithmetic of a training step on one sequence: forward and backward, recomputation not counted.
 
-        Six operations for each weight of a matrix and token, and the two products of causal attention. In front of
-        ``start``, where no hidden state is wanted, the last block needs keys and values, and the head nothing.
+        For each weight of a matrix and token two operations forward, two for the gradient of its input where something
+        below it is trained, and two for its own where it is trained itself: six where nothing is frozen. The two
+        products of causal attention likewise. In front of ``start``, where no hidden state is wanted, the last block
+        needs keys and values, and the head nothing.
         """
         config = self.config
-        assert config.head_dim is not None and config.num_kv_heads is not None
-        matrices = sum(p.numel() for layer in self.layers for p in layer.parameters() if p.ndim == 2)
-        kept = 2 * config.embed_dim * config.num_kv_heads * config.head_dim
-        unused = matrices // config.num_layers - kept
-        head = self.lm_head.weight.numel()
-        products = (matrices + head) * length - (unused + head) * start
+        assert config.head_dim is not None
         heads = config.num_heads * config.head_dim
-        return 6.0 * (products + heads * (config.num_layers * length**2 - start**2))
+        below = any(_trained(part) for part in (self.embed_tokens, self.action_linear) if part is not None)
+        total = 0.0
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Block)
+            first = start if index == config.num_layers - 1 else 0
+            attention, mlp = layer.self_attn, layer.mlp
+            below |= _trained(layer.input_layernorm)
+            for projection in (attention.k_proj, attention.v_proj):
+                total += _product_flops(projection, below) * length
+            total += _product_flops(attention.q_proj, below) * (length - first)
+            below |= any(_trained(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+            total += (6 if below else 2) * heads * (length**2 - first**2)
+            total += _product_flops(attention.o_proj, below) * (length - first)
+            below |= _trained(attention.o_proj) or _trained(layer.post_attention_layernorm)
+            for projection in (mlp.gate_proj, mlp.up_proj):
+                total += _product_flops(projection, below) * (length - first)
+            below |= _trained(mlp.gate_proj) or _trained(mlp.up_proj)
+            total += _product_flops(mlp.down_proj, below) * (length - first)
+            below |= _trained(mlp.down_proj)
+        return total + _product_flops(self.lm_head, below or _trained(self.norm)) * (length - start)
 
     def rope(self, input_pos: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine (L, d) of positions (L,), computed in float32 and then cast."""

@@ -53,13 +53,13 @@ def all_loggers(given: Any, folder: Path, step: int) -> list[Any]:
     Args:
         given: the trainer's built ``logger``.
         folder: of the stage.
-        step: that a resumed run goes on from.
+        step: number of updates that a run logs first; what is there of it and of later ones is dropped.
     """
     if given is False:
         return []
     extra = [] if given in (None, True) else (given if isinstance(given, list) else [given])
-    tensorboard = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=step or None)
-    return [MetricsCSV(folder, step), tensorboard, *extra]
+    tensorboard = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=step)
+    return [tensorboard, *extra, MetricsCSV(folder, step)]  # the last one, so that what it holds, all hold
 
 
 def finish_wandb() -> None:

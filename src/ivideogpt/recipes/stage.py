@@ -31,6 +31,8 @@ from ivideogpt.recipes.parts import PartBuilder, check_initial_weights, part_arg
 from ivideogpt.recipes.reading import Node
 from ivideogpt.recipes.results import differences, fingerprint, read_record, save_tokenizer, write_record, write_text
 from ivideogpt.recipes.trainer import build_trainer, count_processes, interrupts_raised
+from ivideogpt.training.logs import MetricsCSV
+from ivideogpt.training.resumable_logs import ResumableLogs
 from ivideogpt.training.sharding import is_sharded, whole_state
 from ivideogpt.zoo.adapter import save_adapter
 from ivideogpt.zoo.changing import ActionLayerWarning
@@ -111,11 +113,16 @@ class Stage:
         check_fit(module, data, self.name)
         wanted = place_wandb(dict(self.config["trainer"]), self.folder, self.recipe_name, self.name, record["started"])
         trainer, checkpoint = build_trainer(wanted, f"stages.{self.name}", self.folder, self.seed)
+        (logs,) = (callback for callback in trainer.callbacks if isinstance(callback, ResumableLogs))  # type: ignore[attr-defined]
+        logs.begin = begin
         if trainer.is_global_zero:
             write_record(self.folder, record)
         if trains(type(module)):
             with interrupts_raised(trainer):
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+                # a kill may have come between the last checkpoint and the end of its validation
+                if logs.settle(trainer) and not is_sharded(module):
+                    trainer.validate(module, datamodule=data, verbose=False)
             state = whole_state(module) if is_sharded(module) else None  # all processes take part in it
             if trainer.is_global_zero:
                 if state is not None:
@@ -128,12 +135,16 @@ class Stage:
                 trainer.test(module, datamodule=data, verbose=False)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            record |= {"state": "finished", "finished": _now(), "seconds": round(time.monotonic() - begin, 1)}
+            record |= {"state": "finished", "finished": _now(), "seconds": round(logs.seconds, 1)}
             record["updates"] = trainer.global_step
             write_record(self.folder, record)
-            metrics = {name: float(value) for name, value in sorted(trainer.logged_metrics.items())}
+            metrics = MetricsCSV(self.folder).last_values()  # of earlier starts too
+            metrics |= {name: float(value) for name, value in trainer.logged_metrics.items()}
             summary = {name: record[name] for name in ("started", "finished", "seconds", "updates")}
-            write_text(self.folder / "summary.json", json.dumps(summary | {"metrics": metrics}, indent=2) + "\n")
+            write_text(
+                self.folder / "summary.json",
+                json.dumps(summary | {"metrics": dict(sorted(metrics.items()))}, indent=2) + "\n",
+            )
             console.print(f"[bold]{self.name}[/]: finished in {record['seconds']} s", highlight=False)
         finish_wandb()
         trainer.strategy.barrier()

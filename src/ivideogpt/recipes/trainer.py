@@ -21,6 +21,7 @@ from ivideogpt.training.callbacks import SeededUpdates
 from ivideogpt.training.checkpoints import AtomicCheckpointIO, Checkpoints, Preempted, latest_checkpoint
 from ivideogpt.training.preemption import EndsEvaluation
 from ivideogpt.training.progress import UpdateProgress
+from ivideogpt.training.resumable_logs import ResumableLogs
 from ivideogpt.training.resumption import Resumption
 
 
@@ -38,7 +39,7 @@ def build_trainer(settings: Node, where: str, folder: Path, seed: int) -> tuple[
     """
     kwargs = build_arguments(Trainer, settings, f"{where}.trainer", skip=("default_root_dir",))
     found = latest_checkpoint(folder / "checkpoints")
-    step = 0 if found is None else found[0]
+    step = 0 if found is None else found[0] + 1  # rows of the checkpoint's own update stay
     callbacks = kwargs.pop("callbacks", None) or []
     callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), SeededUpdates(seed)]
     callbacks += [Resumption(), EndsEvaluation()]
@@ -47,6 +48,7 @@ def build_trainer(settings: Node, where: str, folder: Path, seed: int) -> tuple[
     own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
     if kwargs.get("enable_progress_bar") is not False and not own_bar:
         callbacks.append(UpdateProgress(where.rpartition(".")[2]))
+    callbacks.append(ResumableLogs())  # behind all others that log
     loggers = all_loggers(kwargs.pop("logger", None), folder, step)
     plugins = kwargs.pop("plugins", None) or []
     plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]

@@ -14,13 +14,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from ivideogpt.drawing import save_comparison, save_png, strip
 from ivideogpt.metrics.tokens import codebook_usage
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.training.peaks import promised_rate
-from ivideogpt.training.sharding import is_sharded
 
 
 class SeededUpdates(Callback):
@@ -47,6 +49,8 @@ class SeededUpdates(Callback):
 
 class RolloutStrips(Callback):
     """Draws truth | prediction | error of held-out clips at each validation, as PNG and GIF, to TensorBoard and to W&B.
+
+    There the strips are ``val/strips`` and the animations ``val/rollouts``.
 
     A tokenizer's prediction is its reconstruction, a transformer's an autoregressive rollout.
 
@@ -88,15 +92,26 @@ class RolloutStrips(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         stem = f"update-{trainer.global_step:06d}"
         save_png(folder / f"{stem}.png", picture)
-        save_comparison(folder / f"{stem}.gif", batch["video"], prediction, context_length)
+        animation = folder / f"{stem}.gif"
+        save_comparison(animation, batch["video"], prediction, context_length)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("val/strips", picture, trainer.global_step, dataformats="HWC")
+                _add_animation(logger.experiment, "val/rollouts", animation, trainer.global_step)
             elif isinstance(logger, WandbLogger):
                 logger.log_image("val/strips", [picture], trainer.global_step)
+                logger.log_video("val/rollouts", [str(animation)], trainer.global_step)
         for old in sorted(folder.glob("update-*.png"))[: -self.keep]:
             old.unlink(missing_ok=True)
             old.with_suffix(".gif").unlink(missing_ok=True)
+
+
+def _add_animation(writer: SummaryWriter, tag: str, path: Path, update: int) -> None:
+    """Adds a GIF to TensorBoard, as ``add_video`` would, which makes its GIFs by moviepy."""
+    with Image.open(path) as gif:
+        width, height = gif.size
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), update)
 
 
 def _tokenizer(module: LightningModule) -> CompressiveTokenizer:
@@ -143,11 +158,13 @@ class CodebookUsage(Callback):
 class Throughput(Callback):
     """Logs frames and tokens a second (all processes together), waiting for data included, validations left out.
 
-    Of a transformer also ``train/mfu``, its arithmetic over what the devices could do at most, where that is known.
+    Of a transformer also ``train/mfu``, its arithmetic over what the devices could do at most, where that is known:
+    not on CPUs, not of a tokenizer, whose arithmetic is not counted, and not of GRPO, most of whose is sampling. A
+    tokenizer that works in the update is left out.
     """
 
     def __init__(self) -> None:
-        self._updates = -1
+        self._updates = 0
         self._peak: float | None = None
         self._restart()
 
@@ -157,6 +174,7 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         self._restart()
+        self._updates = trainer.global_step
         dtype = torch.float32 if str(trainer.precision).startswith("32") else torch.bfloat16
         self._peak = promised_rate(trainer.strategy.root_device, dtype)
 
@@ -176,14 +194,14 @@ class Throughput(Callback):
         self._frames += clips * frames * trainer.world_size
         self._tokens += clips * layout.sequence_length(frames) * trainer.world_size
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step % every == 0 and self._updates < trainer.global_step:
-            self._updates = trainer.global_step
+        before, self._updates = self._updates, trainer.global_step
+        if every and self._updates // every > before // every:
             seconds = max(time.monotonic() - self._start, 1e-9)
             length = layout.sequence_length(frames)
             rates = {"frames": self._frames / seconds, "tokens": self._tokens / seconds}
             pl_module.log_dict({f"train/{name}_per_second": rate for name, rate in rates.items()})
             transformer = getattr(pl_module, "transformer", None)
-            if self._peak and transformer is not None and not is_sharded(transformer):
+            if self._peak and transformer is not None and pl_module.automatic_optimization:
                 done = transformer.flops_per_sequence(length, layout.context_span) * rates["tokens"] / length
                 pl_module.log("train/mfu", done / (self._peak * trainer.world_size))
             self._restart()

@@ -54,7 +54,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             sync(target.parent)
         except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
             partial.unlink(missing_ok=True)
-            raise OSError(f"cannot write the checkpoint {target}: {error}. Earlier checkpoints are whole") from error
+            what = _reason(error)
+            raise OSError(f"cannot write the checkpoint {target}: {what}. Earlier checkpoints are whole") from error
 
     def load_checkpoint(
         self,
@@ -64,6 +65,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Loads ``path``; no pickled code is ever run. Whether it is damaged :func:`read_checkpoint` knows."""
         return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _reason(error: BaseException) -> str:
+    """What the operating system said; torch puts errors about positions in the file in front of it."""
+    below: BaseException | None = error
+    while below is not None and not isinstance(below, OSError):
+        below = below.__cause__ or below.__context__
+    return str(below) if below is not None else f"the file could not be written ({error})"
 
 
 def checkpoint_files(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 FILE_NAME = "metrics.csv"
+PLACES = ("step", "epoch")
+"""Columns that say where a row belongs, and are no metrics."""
 
 
 class MetricsCSV(Logger):
@@ -61,6 +63,24 @@ class MetricsCSV(Logger):
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._columns).writerow(row)
 
+    def names_at(self, step: int) -> set[str]:
+        """Metrics that the file has of ``step``."""
+        rows = [row for row in self._read() if int(row["step"]) == step]
+        return {name for row in rows for name, value in row.items() if value and name not in PLACES}
+
+    @rank_zero_only
+    def drop_at(self, step: int, but: Collection[str]) -> None:
+        """Takes out the rows of ``step`` that have none of the metrics ``but``."""
+        if self._columns is None:
+            self._columns = self._reopen()
+        rows = self._read()
+        self._write([row for row in rows if int(row["step"]) != step or any(row.get(name) for name in but)])
+
+    def last_values(self) -> dict[str, float]:
+        """The newest value of each metric."""
+        rows = self._read()
+        return {name: float(value) for row in rows for name, value in row.items() if value and name not in PLACES}
+
     def _reopen(self) -> list[str]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
@@ -74,8 +94,10 @@ class MetricsCSV(Logger):
         if not self.path.exists():
             return []
         with open(self.path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, restval=""))
-        # a kill may have cut the last row off
+            lines = file.readlines()
+        if lines and not lines[-1].endswith("\n"):  # a kill or a full disk has cut the last row off
+            lines.pop()
+        rows = csv.DictReader(lines, restval="")
         return [{k: v for k, v in row.items() if k} for row in rows if (row.get("step") or "").isdigit()]
 
     def _write(self, rows: list[dict[str, str]]) -> None:

@@ -226,7 +226,7 @@ class TrainingModule(LightningModule):
     def _log_update(self, optimizer: Optimizer, norm: Tensor) -> None:
         """Logs the norm of the gradients, before they are clipped, and the learning rate, where the trainer logs."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.trainer.logger is not None and (self.global_step + 1) % every == 0:
+        if self.trainer.logger is not None and every and (self.global_step + 1) % every == 0:
             self.log_dict({"train/gradient_norm": norm, "train/learning_rate": optimizer.param_groups[0]["lr"]})
 
     def _is_frozen(self, key: str) -> bool:

@@ -252,19 +252,20 @@ class TokenizerModule(TrainingModule):
         self._restart_codebooks(optimizer)
 
     def _restart_codebooks(self, optimizer: Any) -> None:
-        if self.restarts is None or self._choices is None or self.update_judge.bad_in_a_row:
+        if self.restarts is None:
             return
+        if self._choices is not None and not self.update_judge.bad_in_a_row:
+            self._restarted = self._restart(self.restarts, self._choices, optimizer)
+            self._choices = None
+        self.log_dict({"train/restarted": self._restarted[0], "train/dynamics_restarted": self._restarted[1]})
+
+    def _restart(self, restarts: nn.ModuleList, choices: Any, optimizer: Any) -> tuple[float, float]:
+        """Numbers of re-seeded entries of the two codebooks."""
         quantizers = (self.tokenizer.quantize, self.tokenizer.dynamics_quantize)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # below Lightning's wrapper
-        rows = zip(self.restarts, quantizers, self._choices, strict=True)
-        first, second = [restart(quantizer, *choices, optimizer) for restart, quantizer, choices in rows]
-        self._restarted = (float(first), float(second))
-        self._choices = None
-
-    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        """Logs the number of re-seeded codebook entries."""
-        if self.restarts is not None:
-            self.log_dict({"train/restarted": self._restarted[0], "train/dynamics_restarted": self._restarted[1]})
+        rows = zip(restarts, quantizers, choices, strict=True)
+        first, second = [restart(quantizer, *made, optimizer) for restart, quantizer, made in rows]
+        return float(first), float(second)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Reconstruction of held-out clips; returns the indices that they chose."""
