@@ -85,7 +85,7 @@ def test_any_number_of_gpus_trains_the_published_batch(name: str) -> None:
     for words in (["trainer.devices=1", "trainer.accumulate_grad_batches=4"], ["trainer.devices=8"]):
         for stage in recipes.load(name, words)["stages"].values():
             if trains(import_class(stage["module"]["class_path"], name)):
-                assert clips_of_update(stage) == (16 if name == "robonet_256" else 64)
+                assert clips_of_update(stage) == 64
                 check_batch(stage, name)
 
 

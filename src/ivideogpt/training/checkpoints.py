@@ -265,16 +265,18 @@ class Checkpoints(Checkpoint):
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         update, judge = trainer.global_step, _judge(pl_module)
-        if update == self._last or judge.bad_in_a_row:
+        if update == self._last or (judge is not None and judge.bad_in_a_row):
             return
         path = self._path(trainer, update)
         trainer.save_checkpoint(path, weights_only=False)  # optimizer state too
-        self._last, self._unproven, self._good_before, self._is_due = update, path, judge.good, False
+        self._last, self._unproven, self._is_due = update, path, False
+        self._good_before = 0 if judge is None else judge.good
         self._remove_older(trainer, max(self.keep, 2))
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Proves the last checkpoint if there was a good update since."""
-        if self._unproven is not None and _judge(pl_module).good > self._good_before:
+        judge = _judge(pl_module)
+        if self._unproven is not None and (judge is None or judge.good > self._good_before):
             self._unproven = None
             self._remove_older(trainer, self.keep)
 
@@ -288,9 +290,9 @@ class Checkpoints(Checkpoint):
                     remove_checkpoint(folder / match[0])
 
 
-def _judge(module: LightningModule) -> UpdateJudge:
-    assert isinstance(module, TrainingModule), "this callback belongs to the modules of ivideogpt.training"
-    return module.update_judge
+def _judge(module: LightningModule) -> UpdateJudge | None:
+    """Who judges the module's updates; None for modules of others, of which all count as good."""
+    return module.update_judge if isinstance(module, TrainingModule) else None
 
 
 def _names(folder: Path, pattern: re.Pattern[str]) -> list[re.Match[str]]:
