@@ -10,6 +10,9 @@ from ivideogpt.recipes.reading import Node
 SHARES = {"trainer": ("devices", "num_nodes", "accumulate_grad_batches"), "module": ("accumulate",)}
 """Settings that share an update's clips out over processes and batches, ..."""
 
+WHOLE = (None, "auto", "ddp")
+"""Strategies that keep whole weights on each process, and so change nothing but the rounding either."""
+
 SIZES = ("batch_size", "global_batch_size")
 """... and those of the data that say how many there are."""
 

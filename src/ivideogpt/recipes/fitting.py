@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from ivideogpt.metrics.networks import fetch_weights
 from ivideogpt.models.action_layers import ActionLayers
 from ivideogpt.recipes.checking import trains
-from ivideogpt.recipes.classes import arguments, defaults
+from ivideogpt.recipes.classes import arguments, defaults, import_class
 from ivideogpt.recipes.reading import Node
+from ivideogpt.training.module import NO_AVERAGES
 from ivideogpt.zoo.checkpoint import Parts
 
 PART_NAMES = ("tokenizer", "transformer")
@@ -69,6 +73,10 @@ def check_training(module: Any, trainer: Node, stage: str) -> None:
             f"{where}: a cosine schedule needs to know the last update, and trainer.max_steps is {steps}; give "
             f"{stage}.trainer.max_steps, or {stage}.module.schedule=constant to train for a time"
         )
+    if isinstance(trainer.get("strategy"), Mapping):
+        strategy = import_class(trainer["strategy"]["class_path"], f"{where}.trainer.strategy", trust=True)
+        if issubclass(strategy, ModelParallelStrategy):
+            _check_shardable(module, trainer, where)
     if getattr(module, "uses_perceptual_network", False):
         try:
             fetch_weights("vgg")
@@ -76,6 +84,17 @@ def check_training(module: Any, trainer: Node, stage: str) -> None:
             raise OSError(
                 f"{where}.module: {error}. Train without the perceptual loss: {stage}.module.perceptual_weight=0"
             ) from error
+
+
+def _check_shardable(module: Any, trainer: Node, where: str) -> None:
+    callbacks = trainer.get("callbacks") or []
+    for spec in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if issubclass(import_class(spec["class_path"], f"{where}.trainer.callbacks", trust=True), WeightAveraging):
+            raise ValueError(f"{where}: {NO_AVERAGES}")
+    try:
+        module.check_shardable()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _check_manual(module: Any, trainer: Node, stage: str) -> None:

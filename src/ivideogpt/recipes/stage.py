@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ivideogpt.recipes.adapters import base_reference, find_whole_base, make_adapter, no_base
-from ivideogpt.recipes.batches import SHARES, SIZES, check_batch, clips_of_update
+from ivideogpt.recipes.batches import SHARES, SIZES, WHOLE, check_batch, clips_of_update
 from ivideogpt.recipes.checking import BASES, build_arguments, trains
 from ivideogpt.recipes.classes import arguments, defaults, import_class
 from ivideogpt.recipes.drafts import DraftBuilder, UnknownDraftError
@@ -30,7 +30,7 @@ from ivideogpt.recipes.loggers import finish_wandb, place_wandb
 from ivideogpt.recipes.parts import PartBuilder, check_initial_weights, part_arguments, several_spaces, source_folder
 from ivideogpt.recipes.reading import Node
 from ivideogpt.recipes.results import differences, fingerprint, read_record, save_tokenizer, write_record, write_text
-from ivideogpt.recipes.trainer import build_trainer, count_processes, interrupts_raised
+from ivideogpt.recipes.trainer import build_trainer, count_processes, interrupts_raised, take_averages
 from ivideogpt.training.logs import MetricsCSV
 from ivideogpt.training.resumable_logs import ResumableLogs
 from ivideogpt.training.sharding import is_sharded, whole_state
@@ -120,6 +120,8 @@ class Stage:
         if trains(type(module)):
             with interrupts_raised(trainer):
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+                if not logs.trained:
+                    take_averages(trainer, module)
                 # a kill may have come between the last checkpoint and the end of its validation
                 if logs.settle(trainer) and not is_sharded(module):
                     trainer.validate(module, datamodule=data, verbose=False)
@@ -281,6 +283,8 @@ class Stage:
         if self.trains and BASES.keys() <= old.keys() and clips_of_update(old) == clips_of_update(new) is not None:
             for key, names in {**SHARES, "data": SIZES}.items():
                 harmless[key] = (*harmless.get(key, ()), *names)
+            if all(settings["trainer"].get("strategy") in WHOLE for settings in (old, new)):
+                harmless["trainer"] = (*harmless["trainer"], "strategy")
         for key in BASES:
             known, values = old.get(key, {}).get("init_args", {}), new[key]["init_args"]
             for name, default in defaults(self._class(key)).items():

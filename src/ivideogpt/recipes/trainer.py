@@ -9,8 +9,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
@@ -58,7 +58,7 @@ def build_trainer(settings: Node, where: str, folder: Path, seed: int) -> tuple[
         kwargs["enable_model_summary"] = False
     try:
         trainer = Trainer(**kwargs, default_root_dir=folder, callbacks=callbacks, logger=loggers, plugins=plugins)
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ValueError) as error:
         raise ValueError(f"{where}.trainer: {error}") from error
     return trainer, None if found is None else found[1]
 
@@ -69,14 +69,22 @@ def count_processes(settings: Node, where: str) -> int:
     Raises:
         ValueError: if Lightning refuses them, for example for want of a GPU.
     """
-    chosen: Node = {name: settings[name] for name in ("accelerator", "devices", "num_nodes") if name in settings}
+    names = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+    chosen: Node = {name: settings[name] for name in names if name in settings}
     kwargs = build_arguments(Trainer, chosen, f"{where}.trainer")
     kwargs |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     try:
         trainer = Trainer(**kwargs)
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ValueError) as error:
         raise ValueError(f"{where}.trainer: {error}") from error
     return trainer.num_devices * trainer.num_nodes
+
+
+def take_averages(trainer: Trainer, module: LightningModule) -> None:
+    """Takes over averaged weights where the checkpoint is of the last update: Lightning then ends no training."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            callback.on_train_end(trainer, module)
 
 
 @contextlib.contextmanager

@@ -83,6 +83,9 @@ class EvaluationModule(LightningModule):
         self.results: dict[str, Any] | None = None
         self._seen = 0
 
+    def configure_model(self) -> None:
+        """Keeps the whole model on each process, also with a strategy that would spread it."""
+
     def setup(self, stage: str) -> None:
         """Refuses, before anything is loaded, a protocol that is not for this model.
 

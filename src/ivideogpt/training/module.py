@@ -14,8 +14,11 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from ivideogpt.training.bad_updates import NonFiniteLossError, UpdateJudge
-from ivideogpt.training.optim import Schedule, adamw, scheduler
+from ivideogpt.training.optim import Schedule, adamw, scheduler, schedules_of, use_settings
 from ivideogpt.training.sharding import gather, gradient_norm, is_sharded, local, scatter, shard
+
+NO_AVERAGES = "averaged weights (EMA) need whole weights on each process: use strategy=ddp"
+"""What is said where weights are spread over processes and averaged."""
 
 
 class TrainingModule(LightningModule):
@@ -99,7 +102,7 @@ class TrainingModule(LightningModule):
         if mesh is None or is_sharded(self):
             return
         if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError("averaged weights (EMA) need whole weights on each process: use strategy=ddp")
+            raise ValueError(NO_AVERAGES)
         self.check_shardable()
         dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
         parts = [part for part in self.trained_parts() if any(p.requires_grad for p in part.parameters())]
@@ -120,6 +123,12 @@ class TrainingModule(LightningModule):
         """Switches to training mode: a model that was loaded comes in eval mode, and Lightning leaves it there."""
         self.train()
         self.update_judge.restart()
+
+    def on_train_start(self) -> None:
+        """Trains with the settings of this start: a checkpoint brings back rates and decays of the one before."""
+        if self.trainer.ckpt_path is not None:
+            schedules: Any = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+            use_settings(schedules, schedules_of(self.configure_optimizers()))
 
     def on_train_end(self) -> None:
         """Refuses to end with weights whose loss is bad.

@@ -92,6 +92,28 @@ def scheduler(optimizer: Optimizer, total: int, warmup: int, schedule: Schedule)
     return LambdaLR(optimizer, lambda update: learning_rate_factor(update, total, warmup, schedule))
 
 
+def schedules_of(configured: Any) -> list[LambdaLR]:
+    """The schedules in what a module's ``configure_optimizers`` gives."""
+    if isinstance(configured, dict):
+        return [configured["lr_scheduler"]["scheduler"]]
+    return list(configured[1])
+
+
+def use_settings(schedules: Sequence[LambdaLR], fresh: Sequence[LambdaLR]) -> None:
+    """Gives ``schedules``, and their optimizers, the learning rates and other settings of ``fresh`` ones.
+
+    How far they have come, and what the optimizers have gathered, stays.
+    """
+    for schedule, new in zip(schedules, fresh, strict=True):
+        schedule.base_lrs = new.base_lrs
+        schedule._last_lr = [
+            base * factor(schedule.last_epoch) for base, factor in zip(new.base_lrs, new.lr_lambdas, strict=True)
+        ]
+        groups = zip(schedule.optimizer.param_groups, new.optimizer.param_groups, schedule._last_lr, strict=True)
+        for group, settings, rate in groups:
+            group.update({name: value for name, value in settings.items() if name != "params"}, lr=rate)
+
+
 def adamw(modules: Iterable[nn.Module], learning_rate: float, weight_decay: float, betas: tuple[float, float]) -> AdamW:
     """AdamW over the trainable parameters of ``modules``, in one kernel (``fused``) where torch has one for them."""
     groups = parameter_groups(modules, weight_decay)

@@ -68,6 +68,8 @@ class ResumableLogs(Callback):
     def __init__(self) -> None:
         self.begin = time.monotonic()
         """When this start began."""
+        self.trained = False
+        """Whether this start has trained at all: not if its checkpoint is of the last update."""
         self._earlier = 0.0
         self._due: dict[str, Any] = {"row": {}, "validates": False, "epoch": 0}
         self._owed: dict[str, Any] | None = None
@@ -105,6 +107,7 @@ class ResumableLogs(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs what a resumed run's checkpoint owes to the logs."""
+        self.trained = True
         if not self.settle(trainer):
             return
         connector, val_loop = trainer._logger_connector, trainer.fit_loop.epoch_loop.val_loop
