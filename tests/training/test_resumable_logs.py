@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,16 @@ def rows_of(folder: Path) -> list[Row]:
 
 
 def scalars_of(folder: Path, name: str) -> list[int]:
-    events = EventAccumulator(str(folder / "tensorboard"))
+    def begun(file: Path) -> tuple[int, int]:  # their names do not sort where several began in one second
+        parts = file.name.split(".")
+        return int(parts[3]), int(parts[-1])
+
+    ordered = folder / "ordered"
+    shutil.rmtree(ordered, ignore_errors=True)
+    ordered.mkdir()
+    for number, file in enumerate(sorted((folder / "tensorboard").glob("events.*"), key=begun)):
+        shutil.copy(file, ordered / f"events.out.tfevents.{number:010d}")
+    events = EventAccumulator(str(ordered))
     events.Reload()
     return [event.step for event in events.Scalars(name)]
 
