@@ -47,6 +47,7 @@ def check_record(record: dict[str, Any]) -> None:
             assert timing["ratio"] == pytest.approx(medians["torch"] / medians["ours"])
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     done = run(out, "--rows", "1", "6", "--sweep")

@@ -44,6 +44,7 @@ def check_record(record: dict[str, Any]) -> None:
             assert all(value < 1e-3 for value in result["checks"]["relative_differences"].values())
 
 
+@pytest.mark.slow
 def test_a_transformer(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     words = ["--cases", "nano", "--batch-size", "1", "--frames", "4", "--updates", "1", "--repeats", "1"]
@@ -56,6 +57,7 @@ def test_a_transformer(tmp_path: Path) -> None:
     assert set(result["checks"]["relative_differences"]) == {"loss", "gradients"}
 
 
+@pytest.mark.slow
 def test_a_tokenizer_goes_beside_it(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     out.write_text(json.dumps({"benchmark": "train", "version": 1, "cases": {"kept": 1}}))

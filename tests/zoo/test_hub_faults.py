@@ -107,7 +107,7 @@ def test_a_download_that_was_killed_leaves_nothing_that_loads(
     assert new_client(home=tmp_path / "home").run(LOAD, name=repository) == 1.0
 
 
-@pytest.mark.parametrize("file", [WEIGHTS, "transformer/config.json"])
+@pytest.mark.parametrize("file", [pytest.param(WEIGHTS, marks=pytest.mark.slow), "transformer/config.json"])
 def test_a_connection_that_keeps_breaking_leaves_nothing_that_loads(
     file: str, hub: Hub, new_client: Callable[..., HubClient], repository: str, published: dict[str, bytes]
 ) -> None:
