@@ -62,10 +62,7 @@ def run(args: argparse.Namespace) -> None:
     from ivideogpt.zoo.hub import resolve
 
     out = Path(args.out)
-    first = getattr(rank_zero_only, "rank", 0) in (
-        None,
-        0,
-    )  # of a training in several processes, which start this command each
+    first = not getattr(rank_zero_only, "rank", 0)  # of the processes of a training, each of which runs this command
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     open_model = partial(ivideogpt.from_pretrained, device=device, dtype=args.dtype, action_space=args.action_space)
     source = resolve(args.model, args.revision)

@@ -18,6 +18,9 @@ from ivideogpt.config import TransformerConfig
 from ivideogpt.layout import IGNORE_INDEX
 from ivideogpt.models.compiling import compiled
 
+Rope = tuple[Tensor, Tensor]
+"""Cosine and sine (L, d) of the positions."""
+
 
 class Cache(Protocol):
     """Key/value cache as the transformer sees it."""
@@ -91,13 +94,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
 
     def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        layer: int,
-        input_pos: Tensor | None,
-        cache: Cache | None,
-        start: int = 0,
+        self, x: Tensor, rope: Rope, layer: int, input_pos: Tensor | None, cache: Cache | None, start: int = 0
     ) -> Tensor:
         q, k, v = (
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, L, d)
@@ -151,13 +148,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(embed_dim, norm_eps)
 
     def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        layer: int,
-        input_pos: Tensor | None,
-        cache: Cache | None,
-        start: int = 0,
+        self, x: Tensor, rope: Rope, layer: int, input_pos: Tensor | None, cache: Cache | None, start: int = 0
     ) -> Tensor:
         if self.compiles and cache is None and torch.is_grad_enabled():
             if start:
@@ -166,21 +157,15 @@ class Block(nn.Module):
         return self.compute(x, rope, layer, input_pos, cache, start)
 
     def compute(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        layer: int,
-        input_pos: Tensor | None,
-        cache: Cache | None,
-        start: int = 0,
+        self, x: Tensor, rope: Rope, layer: int, input_pos: Tensor | None, cache: Cache | None, start: int = 0
     ) -> Tensor:
         """What ``forward`` gives, never compiled: (B, L - start, D), of the positions from ``start`` on."""
         attended = self.self_attn(self.input_layernorm(x), rope, layer, input_pos, cache, start)
         x = x[:, start:] + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def compute_last(self, x: Tensor, rope: tuple[Tensor, Tensor], start: int) -> Tensor:
-        """``compute`` under a name of its own, as what is compiled of one function with two numbers has none in it."""
+    def compute_last(self, x: Tensor, rope: Rope, start: int) -> Tensor:
+        """``compute`` from ``start`` on, by itself: one function that meets two numbers is compiled for any number."""
         return self.compute(x, rope, 0, None, None, start)
 
 

@@ -10,15 +10,18 @@ from ivideogpt.recipes.reading import Node
 SHARES = {"trainer": ("devices", "num_nodes", "accumulate_grad_batches"), "module": ("accumulate",)}
 """Settings that share an update's clips out over processes and batches, ..."""
 
-WHOLE = (None, "auto", "ddp")
-"""Strategies that keep whole weights on each process, and so change nothing but the rounding either."""
-
 SIZES = ("batch_size", "global_batch_size")
 """... and those of the data that say how many there are."""
 
+WHOLE = (None, "auto", "ddp")
+"""Strategies that keep whole weights on each process, and so change nothing but the rounding either."""
+
 
 def processes(trainer: Node) -> int:
-    """Processes that a trainer of these settings makes, all machines together."""
+    """Processes that a trainer of these settings makes, all machines together.
+
+    By the settings alone: they may be of an earlier start on another machine, of which no trainer can be built here.
+    """
     devices = trainer.get("devices") or "auto"
     if devices in ("auto", -1, "-1"):
         number = torch.cuda.device_count() if trainer.get("accelerator", "auto") != "cpu" else 1
