@@ -5,10 +5,10 @@
     python benchmarks/train.py --cases small --batch-size 1 --updates 1 --repeats 3 [--compile]
 
 The original's way: transformers' LlamaForCausalLM and torch's AdamW, the frozen tokenizer in each update, everything
-eager, float32 on a CPU and autocast to bfloat16 on a GPU, as published. Tokenizers: the same module, run eagerly in
-NCHW. All sides of a case train the same parameters in one process, in turn. Batches are in memory on all sides
-(``data.py`` and ``tokens.py`` are about loading). Each case and batch has a part of the results file of
-its own, which it replaces.
+eager, float32 on a CPU and autocast to bfloat16 on a GPU, as published; a CPU without instructions for products of
+bfloat16 has no side that uses them. Tokenizers: the same module, run eagerly in NCHW. All sides of a case train the
+same parameters in one process, in turn. Batches are in memory on all sides (``data.py`` and ``tokens.py`` are about
+loading). Each case and batch has a part of the results file of its own, which it replaces.
 """
 
 from __future__ import annotations
@@ -80,9 +80,8 @@ def run_case(case: str, args: argparse.Namespace, device: torch.device) -> dict[
         known, sides = list(sides), {name: side for name, side in sides.items() if name in args.sides}
         if not sides:
             raise SystemExit(f"{case} has no side {' or '.join(map(repr, args.sides))}: it has {', '.join(known)}")
-    rates = {
-        dtype: common.measure_matrix_rate(device, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")
-    }  # fmt: skip
+    dtypes = ("float32", "bfloat16") if sides_of.has_bfloat16(device) else ("float32",)
+    rates = {dtype: common.measure_matrix_rate(device, getattr(torch, dtype)) for dtype in dtypes}
     results: dict[str, Any] = {}
     for name, side in sides.items():  # the first update: kernels are chosen and compiled, and memory is looked at
         print(f"{case}: {name}, first update", file=sys.stderr)
@@ -262,7 +261,8 @@ def main(words: list[str] | None = None) -> int:
     record: dict[str, Any] = (
         json.loads(out.read_text()) if out.exists() else {"benchmark": "train", "version": 1, "cases": {}}
     )
-    record["equal_ids"] = sides_of.equal_ids(device)
+    if sides_of.has_bfloat16(device):
+        record["equal_ids"] = sides_of.equal_ids(device)
     for case in args.cases:
         result = run_case(case, args, device)
         result["targets"] = judge(case, result, device.type)

@@ -20,6 +20,7 @@ from ivideogpt import WorldModel
 from ivideogpt.config import TokenizerConfig, WorldModelConfig
 from ivideogpt.metrics.lpips import LPIPS
 from ivideogpt.metrics.networks import Weights
+from ivideogpt.models.processor import has_bfloat16_products
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.training import TokenizerModule, TransformerModule
 from ivideogpt.training.optim import adamw
@@ -54,6 +55,11 @@ class Measures:
     tokens: bool = False
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are faster than those of float32 on ``device``: no side uses them elsewhere."""
+    return device.type == "cuda" or has_bfloat16_products()
+
+
 def transformer_sides(device: torch.device, compile: bool) -> dict[str, Measures]:  # noqa: A002
     """Sides by name; each but the first and those from tokens adds one measure to the one before it."""
     gpu = device.type == "cuda"  # autocast as published, on both sides
@@ -65,11 +71,12 @@ def transformer_sides(device: torch.device, compile: bool) -> dict[str, Measures
     sides["+ fused AdamW"] = rung
     rung = replace(rung, channels_last=True)
     sides["+ channels-last tokenizer"] = rung
-    if not gpu:
+    if not gpu and has_bfloat16(device):
         sides["ours, float32, from tokens"] = replace(rung, tokens=True)
-    rung = replace(rung, tokenizer_bfloat16=True)
-    sides["+ bfloat16 tokenizer"] = rung
-    if not gpu:
+    if has_bfloat16(device):
+        rung = replace(rung, tokenizer_bfloat16=True)
+        sides["+ bfloat16 tokenizer"] = rung
+    if not gpu and has_bfloat16(device):
         rung = replace(rung, bfloat16=True)
         sides["+ bf16-mixed"] = rung
     if compile:
@@ -94,7 +101,7 @@ def tokenizer_sides(device: torch.device, compile: bool) -> dict[str, Measures]:
     sides["+ channels-last"] = rung
     rung = replace(rung, recompute=True)
     sides["+ recomputed activations"] = rung
-    if not gpu:
+    if not gpu and has_bfloat16(device):
         rung = replace(rung, bfloat16=True)
         sides["+ bf16-mixed"] = rung
     if compile:

@@ -9,16 +9,24 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
+from ivideogpt.models.processor import has_bfloat16_products
 from ivideogpt.training.bad_updates import NonFiniteLossError, UpdateJudge
 from ivideogpt.training.optim import Schedule, adamw, scheduler, schedules_of, use_settings
 from ivideogpt.training.sharding import gather, gradient_norm, is_sharded, local, scatter, shard
 
 NO_AVERAGES = "averaged weights (EMA) need whole weights on each process: use strategy=ddp"
 """What is said where weights are spread over processes and averaged."""
+
+SLOW_BFLOAT16 = (
+    "trainer.precision={}: this processor has no instructions for products of bfloat16 (AVX-512 BF16 or AMX), and "
+    "computes them several times slower than those of float32; trainer.precision=32-true is the fast one here"
+)
+"""What is said where a training on a CPU would be slowed down by what makes it faster elsewhere."""
 
 
 class TrainingModule(LightningModule):
@@ -123,6 +131,9 @@ class TrainingModule(LightningModule):
         """Switches to training mode: a model that was loaded comes in eval mode, and Lightning leaves it there."""
         self.train()
         self.update_judge.restart()
+        precision = str(self.trainer.precision)
+        if precision.startswith("bf16") and self.device.type == "cpu" and not has_bfloat16_products():
+            rank_zero_warn(SLOW_BFLOAT16.format(precision))
 
     def on_train_start(self) -> None:
         """Trains with the settings of this start: a checkpoint brings back rates and decays of the one before."""

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ivideogpt.models.autoencoder import Decoder, Encoder, ResidualBlock, Upsample, normed_convolution
+from ivideogpt.models.processor import has_bfloat16_products
 from ivideogpt.rollout.cpu.build import load_kernel
 
 LANES = 16
@@ -30,21 +31,6 @@ PRODUCTS_AT_ONCE = 2**22
 
 SMALL_MAP = 16
 """Width of the maps whose frames make so few tiles that their convolutions are bound by reading the weights."""
-
-
-BFLOAT16_PRODUCTS = ("avx512_bf16", "amx_bf16")
-"""Instructions for products of bfloat16; a processor without them does them slower than those of float32."""
-
-
-@cache
-def has_bfloat16_products() -> bool:
-    """Whether this processor has instructions for products of bfloat16."""
-    ask = getattr(torch.cpu, "get_capabilities", None)
-    if ask is not None:
-        known = ask()
-        return any(known.get(name, False) for name in BFLOAT16_PRODUCTS)
-    asks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(ask() for ask in asks if ask is not None)
 
 
 def pixels_dtype(precision: str) -> torch.dtype:
