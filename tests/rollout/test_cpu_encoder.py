@@ -1,4 +1,4 @@
-"""Context frames get the tokenizer's own indices from its encoder in tiled convolutions."""
+"""Frames get the tokenizer's own indices from its encoders in tiled convolutions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ivideogpt.models import CompressiveTokenizer
 from ivideogpt.rollout.cpu import encoder as encoder_module
 from ivideogpt.rollout.cpu import why_unavailable
-from ivideogpt.rollout.cpu.encoder import TiledEncoder, tiled_encoder_for
+from ivideogpt.rollout.cpu.encoder import TiledEncoder, tiled_encoder_for, tiled_tokenizer_for
+from ivideogpt.rollout.cpu.winograd import TiledConvolution
 from ivideogpt.rollout.pixels import encode_context
 
 Build = Callable[..., Any]
@@ -32,12 +33,14 @@ def tokenizer_of(tiny_config: Build) -> Build:
             for name, parameter in tokenizer.encoder.named_parameters():
                 if parameter.dim() == 1:
                     nn.init.normal_(parameter, mean=float("norm" in name and "weight" in name), std=0.2)
+            video = clips_for(tokenizer, 2, frames=9, seed=1)
+            context, future = video.split([tokenizer.context_length, 9 - tokenizer.context_length], 1)
             with torch.no_grad():
-                latents = tokenizer.quant_conv(tokenizer.encoder(frames_for(tokenizer, 8))[0])
-                entries = latents.permute(0, 2, 3, 1).flatten(0, 2)
-                tokenizer.quantize.embedding.weight.copy_(
-                    entries[torch.randperm(len(entries))[: tokenizer.config.codebook_size]]
-                )
+                latents, features = tokenizer._context_latents(context)
+                dynamics = tokenizer._dynamics_latents(future, features)
+                for codebook, found in ((tokenizer.quantize, latents), (tokenizer.dynamics_quantize, dynamics)):
+                    entries, weight = found.flatten(0, 2), codebook.embedding.weight
+                    weight[: len(entries)] = entries[torch.randperm(len(entries))[: len(weight)]]
         return tokenizer.eval()
 
     return build
@@ -47,6 +50,10 @@ def frames_for(tokenizer: CompressiveTokenizer, count: int, seed: int = 1) -> Te
     config = tokenizer.config
     shape = (count, config.in_channels, config.resolution, config.resolution)
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def clips_for(tokenizer: CompressiveTokenizer, count: int, frames: int, seed: int) -> Tensor:
+    return frames_for(tokenizer, count * frames, seed).unflatten(0, (count, frames))
 
 
 @torch.no_grad()
@@ -75,6 +82,48 @@ def test_indices_are_the_tokenizers(tokenizer_of: Build, fields: dict[str, Any])
     assert torch.equal(made.indices(frames), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(made.indices(frames), expected)
+
+
+@pytest.fixture
+def however_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles also where they gain nothing."""
+    monkeypatch.setattr(encoder_module, "WIDE", 1)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("however_narrow")
+@pytest.mark.parametrize("fields", SHAPES, ids=lambda fields: "-".join(fields) or "plain")
+def test_clips_get_the_tokenizers_ids(tokenizer_of: Build, fields: dict[str, Any]) -> None:
+    tokenizer = tokenizer_of(**fields)
+    video, made = clips_for(tokenizer, 2, frames=6, seed=2), tiled_tokenizer_for(tokenizer)
+    assert made is not None and not hasattr(made.decoder, "conv_in")
+    assert any(isinstance(part, TiledConvolution) for part in made.cond_encoder.modules())
+    with torch.no_grad():
+        expected = tokenizer.encode(video)
+        assert torch.equal(made.encode(video), expected)
+    context, dynamics = tokenizer.layout.split(expected)
+    assert len(context.unique()) > 4 and len(dynamics.unique()) > 4  # indices worth comparing
+    assert tiled_tokenizer_for(tokenizer) is made
+    with torch.no_grad():
+        tokenizer.cond_encoder.conv_in.weight.mul_(-1)
+        other = tokenizer.encode(video)
+        again = tiled_tokenizer_for(tokenizer)
+        assert again is not None and again is not made and torch.equal(again.encode(video), other)
+    assert all(parameter.requires_grad for parameter in tokenizer.parameters())
+
+
+@needs_kernels
+@pytest.mark.usefixtures("however_narrow")
+@pytest.mark.parametrize("name", ["oxe-64-act-free", "bair-64-act-cond"])
+def test_clips_get_the_ids_of_the_published_checkpoints(golden: Build, name: str) -> None:
+    from ivideogpt import from_pretrained
+
+    recorded = golden(name)
+    tokenizer = from_pretrained(recorded.folder).tokenizer
+    made = tiled_tokenizer_for(tokenizer)
+    assert made is not None
+    with torch.no_grad():
+        assert torch.equal(made.encode(recorded.video), tokenizer.encode(recorded.video))
 
 
 @needs_kernels
@@ -141,9 +190,12 @@ def test_where_the_kernels_cannot_run_the_tokenizer_encodes(tokenizer_of: Build,
     expected = indices_of(tokenizer, frames.flatten(0, 1)).unflatten(0, (2, 2))
     half = tokenizer_of().to(torch.bfloat16)
     assert tiled_encoder_for(half) is None
+    assert tiled_tokenizer_for(tokenizer) is None  # too narrow
+    monkeypatch.setattr(encoder_module, "WIDE", 1)
+    assert tiled_tokenizer_for(half) is None
     with torch.no_grad():
         assert torch.equal(encode_context(half, frames), half.encode_context(frames.bfloat16())[0])
     monkeypatch.setattr(encoder_module, "why_unavailable", lambda: "none here")
-    assert tiled_encoder_for(tokenizer) is None
+    assert tiled_encoder_for(tokenizer) is tiled_tokenizer_for(tokenizer) is None
     with torch.no_grad():
         assert torch.equal(encode_context(tokenizer, frames), expected)

@@ -15,6 +15,7 @@ from ivideogpt.models.autoencoder import ResidualBlock
 from ivideogpt.models.discriminator import PatchDiscriminator
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.models.transformer import padded_logits, project
+from ivideogpt.rollout.cpu import why_unavailable
 from ivideogpt.training import TokenizerModule, TransformerModule
 from ivideogpt.training.frozen_tokenizer import FrozenTokenizer
 from ivideogpt.training.optim import adamw
@@ -287,6 +288,28 @@ def test_on_a_gpu_compiled_training_is_that_of_float32_but_for_rounding(tiny_wor
     one, other = (torch.cat([gradient.flatten() for gradient in side]) for side in (found, expected))
     assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.99
     assert (fast.tokenize({"video": clip}) == tokens).float().mean() > 0.5  # a random codebook is full of near ties
+
+
+@pytest.mark.skipif(why_unavailable() is not None, reason=f"no compiled kernels: {why_unavailable()}")
+def test_a_frozen_tokenizer_on_a_cpu_encodes_in_float32_by_kernels(tiny_world_model, monkeypatch) -> None:
+    wm = tiny_world_model(block_channels=(64, 64, 64))
+    clip, encoding = video(), []
+
+    def encode(tokenizer: CompressiveTokenizer, clip: Tensor) -> Tensor:
+        encoding.append(tokenizer is not wm.tokenizer)
+        return plain(tokenizer, clip)
+
+    with torch.no_grad():
+        expected = wm.tokenizer.encode(clip)
+    plain = CompressiveTokenizer.encode
+    monkeypatch.setattr(CompressiveTokenizer, "encode", encode)
+    module = TransformerModule(wm.transformer, wm.tokenizer)
+    names = list(module.state_dict())
+    assert (module.tokenize({"video": clip}) == expected).float().mean() > 0.99  # random entries are near each other
+    with torch.autocast("cpu", torch.bfloat16):
+        module.tokenize({"video": clip})
+    assert encoding == [True, False]
+    assert list(module.state_dict()) == names
 
 
 @pytest.mark.slow

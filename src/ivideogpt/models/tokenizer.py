@@ -6,6 +6,7 @@ g the side of the latent grid, p of a patch of it, D codebook width.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -176,6 +177,13 @@ class CompressiveTokenizer(nn.Module):
     def encode_future(self, future_frames: Tensor, features: Features) -> Tensor:
         """Indices (B, F, n) of ``future_frames`` (B, F, C, H, W), seen from their context's encoder features."""
         return self.dynamics_quantize.nearest(self._dynamics_latents(future_frames, features))
+
+    def without_decoders(self) -> CompressiveTokenizer:
+        """A copy in eval mode that encodes and does nothing else."""
+        parts = copy.copy(self)
+        parts._modules = dict(self._modules)
+        parts.decoder = parts.cond_decoder = nn.Identity()  # type: ignore[assignment]
+        return copy.deepcopy(parts).eval()
 
     def decode_context(self, context_indices: Tensor) -> tuple[Tensor, Features]:
         """Frames (B, t0, C, H, W) and decoder features of ``context_indices`` (B, t0, N)."""

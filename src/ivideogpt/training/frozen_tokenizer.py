@@ -6,10 +6,11 @@ import copy
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ivideogpt.models.compiling import compiled
 from ivideogpt.models.tokenizer import CompressiveTokenizer
+from ivideogpt.rollout.cpu.encoder import tiled_tokenizer_for
 
 Precision = Literal["trainer", "bfloat16"]
 
@@ -27,6 +28,9 @@ def check_precision(name: str, value: Precision) -> Precision:
 
 class FrozenTokenizer:
     """Tokenizes clips without gradients. It is no ``nn.Module``: what it copies is in no checkpoint and never saved.
+
+    In float32 on a CPU clips are encoded by compiled kernels where these are faster (``rollout/cpu/encoder.py``): the
+    ids are the same but where two entries are equally near up to rounding.
 
     Args:
         tokenizer: frozen; its weights stay as they are.
@@ -49,21 +53,27 @@ class FrozenTokenizer:
     @torch.no_grad()
     def __call__(self, video: Tensor) -> Tensor:
         """Tokens (B, L) of ``video`` (B, T, C, H, W) in [0, 1]."""
-        encode = compiled(CompressiveTokenizer.encode) if self.compiles else CompressiveTokenizer.encode
         if self.precision == "trainer":
-            return encode(self._tokenizer, video)
+            return self._encode(self._tiled(video) or self._tokenizer, video)
         if self._encoders is None or self._encoders.quantize.embedding.weight.device != video.device:
             self._encoders = _bfloat16_encoders(self._tokenizer).to(video.device)
         with torch.autocast(video.device.type, enabled=False):
-            return encode(self._encoders, video.to(torch.bfloat16))
+            return self._encode(self._encoders, video.to(torch.bfloat16))
+
+    def _encode(self, tokenizer: CompressiveTokenizer, video: Tensor) -> Tensor:
+        encode = compiled(CompressiveTokenizer.encode) if self.compiles else CompressiveTokenizer.encode
+        return encode(tokenizer, video)
+
+    def _tiled(self, video: Tensor) -> CompressiveTokenizer | None:
+        """What encodes ``video`` faster than the tokenizer; None if nothing does."""
+        if self.compiles or video.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return None
+        return tiled_tokenizer_for(self._tokenizer) if video.dtype == torch.float32 else None
 
 
 def _bfloat16_encoders(tokenizer: CompressiveTokenizer) -> CompressiveTokenizer:
-    """A copy that encodes in bfloat16 and has no decoders."""
-    encoders = copy.copy(tokenizer)
-    encoders._modules = dict(tokenizer._modules)
-    encoders.decoder = encoders.cond_decoder = nn.Identity()  # type: ignore[assignment]
-    encoders = copy.deepcopy(encoders).to(torch.bfloat16)
+    """A copy that encodes in bfloat16."""
+    encoders = tokenizer.without_decoders().to(torch.bfloat16)
     for name in ("quantize", "dynamics_quantize"):
         setattr(encoders, name, copy.deepcopy(getattr(tokenizer, name)).float())
-    return encoders.eval()
+    return encoders

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from ivideogpt.data.tokenized_plan import ClipPlan, PlanSettings, collate_clips
 from ivideogpt.data.tokenized_writer import TokenSetWriter
 from ivideogpt.models.tokenizer import CompressiveTokenizer
+from ivideogpt.training.frozen_tokenizer import FrozenTokenizer
 from ivideogpt.zoo.fingerprint import tokenizer_hash
 
 SHARD_CLIPS = 8192
@@ -107,7 +108,7 @@ def tokenize_clips(
     total, done, skipped = sum(len(writer.clips_of(shard)) for shard in missing), 0, set[str]()
     if progress is not None:
         progress(0, total)
-    tokenizer.to(device).eval()
+    encode = FrozenTokenizer(tokenizer.to(device).eval())
     batches = [  # none crosses a shard, so that a shard is the same whichever run makes it
         list(clips[first : first + batch_size])
         for clips in map(writer.clips_of, missing)
@@ -121,7 +122,7 @@ def tokenize_clips(
             batch = next(loader)
             bad |= set(batch["skipped"])
             if batch["key"]:
-                parts.append(_arrays(batch, _encode(tokenizer, plan, batch, device, dtype)))
+                parts.append(_arrays(batch, _encode(encode, plan, batch, device, dtype)))
         arrays = _joined(parts) if parts else _no_clips(plan, config.layout.sequence_length(segment_length))
         writer.write(shard, arrays, sorted(bad))
         done += len(writer.clips_of(shard))
@@ -134,12 +135,12 @@ def tokenize_clips(
 
 @torch.inference_mode()
 def _encode(
-    tokenizer: CompressiveTokenizer, plan: ClipPlan, batch: dict[str, Any], device: torch.device, dtype: torch.dtype
+    encode: FrozenTokenizer, plan: ClipPlan, batch: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Tokens (B, L) of a batch, computed as training in mixed precision would compute them."""
     video = plan.to_pixels(batch | {"video": batch["video"].to(device, non_blocking=True)})
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return tokenizer.encode(video)
+        return encode(video)
 
 
 def _arrays(batch: dict[str, Any], tokens: Tensor) -> dict[str, Any]:

@@ -194,22 +194,23 @@ def use_tiles(decoder: Decoder, grid_size: int, products: torch.dtype = torch.fl
     return TiledOutput(decoder, kind) if kind and decoder.conv_out.in_channels % LANES == 0 else decoder.to_frames
 
 
-def tile_encoder(encoder: Encoder, resolution: int) -> Callable[[Tensor], Tensor]:
+def tile_encoder(encoder: Encoder, resolution: int, small_map: int = SMALL_MAP) -> Callable[[Tensor], Tensor]:
     """Replaces, in place, what of ``encoder`` the kernels can do: all but the first convolution and those of stride 2.
 
     Args:
         encoder: of float32 on the CPU; a copy, as it cannot be trained any more.
         resolution: side of the frames that it will be given.
+        small_map: width up to which maps get the smaller tiles; 0 for many frames at once, which share the weights.
 
     Returns:
         What makes latents of what the middle block gives.
     """
     width = resolution
     for index, stage in enumerate((*encoder.down_blocks, encoder.mid_block)):
-        _tile(stage, kind_for(width), torch.float32)
+        _tile(stage, kind_for(width, small_map), torch.float32)
         if index + 1 < len(encoder.down_blocks):
             width //= 2
-    kind = kind_for(width)
+    kind = kind_for(width, small_map)
     if kind and encoder.conv_out.in_channels % LANES == 0:
         return TiledOutput(encoder, kind)
     return partial(normed_convolution, encoder.conv_norm_out, encoder.conv_out)
@@ -224,12 +225,13 @@ def _tile(stage: nn.Module, kind: int, products: torch.dtype) -> None:
                 setattr(parent, name, TiledConvolution(child.conv, 0, products))
 
 
-def kind_for(width: int) -> int:
+def kind_for(width: int, small_map: int = SMALL_MAP) -> int:
     """The faster kind of tiles for maps so wide, 0 if none divides it.
 
-    On small maps the time goes into reading the weights, of which the smaller tiles have 16 in place of 36.
+    On maps up to ``small_map`` the time goes into reading the weights, of which the smaller tiles have 16 in place of
+    36.
     """
-    if width > SMALL_MAP and width % STEPS[4] == 0:
+    if width > small_map and width % STEPS[4] == 0:
         return 4
     return 2 if width % STEPS[2] == 0 else 0
 
