@@ -22,6 +22,7 @@ from ivideogpt.metrics.lpips import LPIPS
 from ivideogpt.metrics.networks import Weights
 from ivideogpt.models.processor import has_bfloat16_products
 from ivideogpt.models.tokenizer import CompressiveTokenizer
+from ivideogpt.rollout.cpu.encoder import tiled_tokenizer_for
 from ivideogpt.training import TokenizerModule, TransformerModule
 from ivideogpt.training.optim import adamw
 
@@ -36,6 +37,7 @@ class Measures:
         ours: whether our modules train; the transformer otherwise is transformers' LLaMA with logits everywhere.
         fused: AdamW in one kernel.
         channels_last: memory format of the convolutions.
+        kernels: the frozen tokenizer by compiled kernels, as far as these are for the device and the precision.
         tokenizer_bfloat16: the frozen tokenizer as a copy in bfloat16, outside of autocast.
         recompute: norms and activations of the tokenizer that is trained again in the backward pass.
         bfloat16: autocast to bfloat16 (``bf16-mixed``).
@@ -47,6 +49,7 @@ class Measures:
     ours: bool = True
     fused: bool = False
     channels_last: bool = False
+    kernels: bool = False
     tokenizer_bfloat16: bool = False
     recompute: bool = False
     bfloat16: bool = False
@@ -71,6 +74,9 @@ def transformer_sides(device: torch.device, compile: bool) -> dict[str, Measures
     sides["+ fused AdamW"] = rung
     rung = replace(rung, channels_last=True)
     sides["+ channels-last tokenizer"] = rung
+    if not gpu:
+        rung = replace(rung, kernels=True)
+        sides["+ kernels for the tokenizer"] = rung
     if not gpu and has_bfloat16(device):
         sides["ours, float32, from tokens"] = replace(rung, tokens=True)
     if has_bfloat16(device):
@@ -181,6 +187,8 @@ class TransformerSide(_Trained):
             }
             module = TransformerModule(wm.transformer, wm.tokenizer, **options)
             module.train()
+            if not measures.kernels:
+                module._encode._tiled = lambda video: None  # type: ignore[method-assign]
             trained: nn.Module = wm.transformer
             self.run = lambda: module.losses(module.predict_clip(self.batch), self.batch)["loss"]
         else:
@@ -203,6 +211,8 @@ class TransformerSide(_Trained):
 
     def start(self) -> None:
         set_format(self.wm.tokenizer, self.measures.channels_last)
+        if self.measures.kernels:
+            tiled_tokenizer_for(self.wm.tokenizer)  # transforms the weights, once a training
         self.wm.transformer.compiles = self.measures.compile
         for layer in self.wm.transformer.layers:
             layer.compiles = self.measures.compile  # type: ignore[assignment]
