@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -20,6 +21,8 @@ from ivideogpt import WorldModel
 from ivideogpt.config import TokenizerConfig, WorldModelConfig
 from ivideogpt.metrics.lpips import LPIPS
 from ivideogpt.metrics.networks import Weights
+from ivideogpt.models import transformer as blocks
+from ivideogpt.models.dropout import dropped_attention
 from ivideogpt.models.processor import has_bfloat16_products
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.rollout.cpu.encoder import tiled_tokenizer_for
@@ -37,6 +40,7 @@ class Measures:
         ours: whether our modules train; the transformer otherwise is transformers' LLaMA with logits everywhere.
         fused: AdamW in one kernel.
         channels_last: memory format of the convolutions.
+        masks: attention's dropout on a CPU in blocks, with masks of a few random words.
         kernels: the frozen tokenizer by compiled kernels, as far as these are for the device and the precision.
         tokenizer_bfloat16: the frozen tokenizer as a copy in bfloat16, outside of autocast.
         recompute: norms and activations of the tokenizer that is trained again in the backward pass.
@@ -49,6 +53,7 @@ class Measures:
     ours: bool = True
     fused: bool = False
     channels_last: bool = False
+    masks: bool = False
     kernels: bool = False
     tokenizer_bfloat16: bool = False
     recompute: bool = False
@@ -70,6 +75,9 @@ def transformer_sides(device: torch.device, compile: bool) -> dict[str, Measures
     sides = {"original": rung}
     rung = replace(rung, ours=True)
     sides["+ logits where there are labels"] = rung
+    if not gpu:
+        rung = replace(rung, masks=True)
+        sides["+ attention with fast dropout"] = rung
     rung = replace(rung, fused=True)
     sides["+ fused AdamW"] = rung
     rung = replace(rung, channels_last=True)
@@ -172,6 +180,10 @@ class _Trained:
         self.optimizer = None
 
 
+def _torchs_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
+
 class TransformerSide(_Trained):
     """A transformer on the tokens of a frozen tokenizer."""
 
@@ -211,6 +223,7 @@ class TransformerSide(_Trained):
 
     def start(self) -> None:
         set_format(self.wm.tokenizer, self.measures.channels_last)
+        blocks.dropped_attention = dropped_attention if self.measures.masks else _torchs_attention
         if self.measures.kernels:
             tiled_tokenizer_for(self.wm.tokenizer)  # transforms the weights, once a training
         self.wm.transformer.compiles = self.measures.compile

@@ -66,7 +66,7 @@ def test_hidden_states_from_a_position_on_are_the_last_ones(recomputes):
     hidden, found = hidden_and_gradients(17)
     torch.testing.assert_close(hidden, all_hidden)
     assert len(found) == len(expected)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)  # products of other shapes round otherwise
 
 
 def test_an_action_moves_its_slot_and_what_follows_only():

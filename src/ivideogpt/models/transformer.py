@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ivideogpt.config import TransformerConfig
 from ivideogpt.layout import IGNORE_INDEX
 from ivideogpt.models.compiling import compiled
+from ivideogpt.models.dropout import dropped_attention
 
 Rope = tuple[Tensor, Tensor]
 """Cosine and sine (L, d) of the positions."""
@@ -107,13 +108,17 @@ class Attention(nn.Module):
             k, v = cache.update(layer, input_pos, k, v)
             if 1 < q.shape[2] < k.shape[2]:
                 mask = torch.arange(k.shape[2], device=x.device) <= input_pos[:, None]
-        out = F.scaled_dot_product_attention(
-            q, k, v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=q.shape[2] == k.shape[2] and q.shape[2] > 1,
-            enable_gqa=self.grouped,
-        )  # fmt: skip
+        dropout = self.dropout if self.training else 0.0
+        if dropout and cache is None and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            out = dropped_attention(q, k, v, dropout)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=q.shape[2] == k.shape[2] and q.shape[2] > 1,
+                enable_gqa=self.grouped,
+            )  # fmt: skip
         return self.o_proj(out.transpose(1, 2)[:, start:].flatten(2))
 
 
