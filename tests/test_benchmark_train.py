@@ -1,4 +1,4 @@
-"""The benchmark of training: it runs, sees other work, and what README says of its results is what they hold."""
+"""The benchmark of training: it runs, sees other work, and what its page says of the results is what they hold."""
 
 from __future__ import annotations
 
@@ -103,13 +103,13 @@ def test_arithmetic_counts_what_labels_need() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("train-*.json")), ids=lambda path: path.name)
-def test_the_results_are_whole_and_what_readme_says(path: Path) -> None:
+def test_the_results_are_whole_and_what_the_page_says(path: Path) -> None:
     record = json.loads(path.read_text())
     check_record(record)
     check_nothing_private(path.read_text(), path.name)
-    readme = (ROOT / "benchmarks" / "README.md").read_text().splitlines()
+    page = (ROOT / "benchmarks" / "training.md").read_text().splitlines()
     assert record["cases"]
     for result in record["cases"].values():
         for row in benchmark.markdown(result):
-            assert row in readme
-        assert f"`{result['versions']['commit'][:7]}`" in "\n".join(readme)
+            assert row in page
+        assert f"`{result['versions']['commit'][:7]}`" in "\n".join(page)
