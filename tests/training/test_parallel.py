@@ -182,6 +182,17 @@ def test_adapters_are_the_same_in_one_process_in_two_and_sharded(fit: Fit) -> No
     assert far(one, fit("sharded", 2, strategy="sharded", **settings), 1e-6) < 1e-9
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "lora"])
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_compiled_blocks_train_the_same_in_two_processes(fit: Fit, strategy: str, lora: dict[str, int] | None) -> None:
+    module = {} if lora is None else {"lora": lora}
+    eager = fit("eager", 2, strategy=strategy, module=module)
+    compiled = fit("compiled", 2, strategy=strategy, module={**module, "compile": True})
+    assert eager.keys() == compiled.keys()
+    assert far(eager, compiled, 1e-5) < 1e-3
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
