@@ -220,7 +220,7 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def markdown(result: dict[str, Any]) -> list[str]:
-    """Rows of a case as ``README.md`` has them."""
+    """Rows of a case as ``training.md`` has them."""
     return [f"| {' | '.join(cells)} |" for cells in rows_of(result)]
 
 

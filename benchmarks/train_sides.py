@@ -23,7 +23,7 @@ from ivideogpt.metrics.lpips import LPIPS
 from ivideogpt.metrics.networks import Weights
 from ivideogpt.models import transformer as blocks
 from ivideogpt.models.dropout import dropped_attention
-from ivideogpt.models.processor import has_bfloat16_products
+from ivideogpt.models.processor import has_slow_bfloat16
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.rollout.cpu.encoder import tiled_tokenizer_for
 from ivideogpt.training import TokenizerModule, TransformerModule
@@ -65,7 +65,7 @@ class Measures:
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether products of bfloat16 are faster than those of float32 on ``device``: no side uses them elsewhere."""
-    return device.type == "cuda" or has_bfloat16_products()
+    return device.type == "cuda" or not has_slow_bfloat16()
 
 
 def transformer_sides(device: torch.device, compile: bool) -> dict[str, Measures]:  # noqa: A002
@@ -94,7 +94,7 @@ def transformer_sides(device: torch.device, compile: bool) -> dict[str, Measures
         rung = replace(rung, bfloat16=True)
         sides["+ bf16-mixed"] = rung
     if compile:
-        rung = replace(rung, compile=True)
+        rung = replace(rung, compile=True, masks=False)  # compiled blocks have torch's attention
         sides["+ torch.compile"] = rung
     if gpu:
         sides["ours, residual stream in float32, from tokens"] = replace(rung, tokens=True)
@@ -181,7 +181,9 @@ class _Trained:
 
 
 def _torchs_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    return F.scaled_dot_product_attention(
+        q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 class TransformerSide(_Trained):
@@ -224,12 +226,17 @@ class TransformerSide(_Trained):
     def start(self) -> None:
         set_format(self.wm.tokenizer, self.measures.channels_last)
         blocks.dropped_attention = dropped_attention if self.measures.masks else _torchs_attention
-        if self.measures.kernels:
+        measures = self.measures
+        if measures.kernels and not (measures.tokens or measures.bfloat16 or measures.tokenizer_bfloat16):
             tiled_tokenizer_for(self.wm.tokenizer)  # transforms the weights, once a training
         self.wm.transformer.compiles = self.measures.compile
         for layer in self.wm.transformer.layers:
             layer.compiles = self.measures.compile  # type: ignore[assignment]
         super().start()
+
+    def stop(self) -> None:
+        super().stop()
+        blocks.dropped_attention = dropped_attention
 
 
 class TokenizerSide(_Trained):

@@ -36,8 +36,8 @@ def test_with_a_mask_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     (q, k, v), masks = inputs(length), list[Tensor]()
     plain = dropout.draw
 
-    def draw(shape: torch.Size, share: float) -> Tensor:
-        masks.append(plain(shape, share))
+    def draw(shape: torch.Size, level: int) -> Tensor:
+        masks.append(plain(shape, level))
         return masks[-1]
 
     monkeypatch.setattr(dropout, "draw", draw)
@@ -46,7 +46,7 @@ def test_with_a_mask_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept.shape == (2, 4, length, length)
     causal = torch.full((length, length), float("-inf")).triu(1)
     weights = (q @ k.transpose(2, 3) / 8**0.5 + causal).softmax(-1)
-    expected = (weights * kept / (1 - share)) @ v
+    expected = (weights * kept / (1 - round(share * dropout.LEVELS) / dropout.LEVELS)) @ v
     for one, other in zip(with_gradients(found, q, k, v), with_gradients(expected, q, k, v), strict=True):
         torch.testing.assert_close(one, other, atol=5e-6, rtol=1e-5)
 
@@ -55,16 +55,41 @@ def test_with_a_mask_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_as_many_are_dropped_as_asked_for_and_each_by_itself(share: float) -> None:
     torch.manual_seed(0)
     shape = torch.Size([999, 1003])  # no multiple of the four draws of a word
-    mask = dropout.draw(shape, share)
+    level = round(share * dropout.LEVELS)
+    mask = dropout.draw(shape, level)
     assert mask.dtype == torch.bool and mask.shape == shape
     error = (share * (1 - share) / mask.numel()) ** 0.5
     assert abs(mask.double().mean() - share) <= 4.5 * error + 0.5 / dropout.LEVELS
     flat = mask.flatten().double() - share
     for distance in (1, 2, 3, 4, 8):  # draws of one word and of its neighbours know nothing of each other
         assert abs((flat[distance:] * flat[:-distance]).mean()) <= 4.5 * share * (1 - share) / mask.numel() ** 0.5
-    assert not torch.equal(mask, dropout.draw(shape, share)) or share == 0.0
+    assert not torch.equal(mask, dropout.draw(shape, level)) or level == 0
     torch.manual_seed(0)
-    assert torch.equal(mask, dropout.draw(shape, share))
+    assert torch.equal(mask, dropout.draw(shape, level))
+
+
+def test_a_probability_near_one_drops_nearly_all() -> None:
+    q, k, v = inputs(dropout.BLOCK)
+    assert dropout.draw(torch.Size([1000, 1000]), dropout.LEVELS - 1).double().mean() > 0.9999
+    with torch.no_grad():
+        found = dropout.dropped_attention(q, k, torch.ones_like(v), 0.999999)
+    assert found.isfinite().all() and (found == 0).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["true", "mixed"])
+def test_in_bfloat16_it_is_as_exact_as_torchs(autocast: bool) -> None:
+    parts = [part.detach() * 4 for part in inputs(dropout.BLOCK + 40)]
+    if not autocast:
+        parts = [part.bfloat16() for part in parts]
+    q, k, v = (part.requires_grad_() for part in parts)
+    exact = [part.detach().bfloat16().double().requires_grad_() for part in parts]
+    expected = with_gradients(dropout.dropped_attention(exact[0], exact[1], exact[2], 0.0), *exact)
+    assert expected[0].dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = dropout.dropped_attention(q, k, v, 0.0)
+    assert found.dtype == torch.bfloat16
+    for one, other in zip(with_gradients(found, q, k, v), expected, strict=True):
+        assert (one.double() - other).norm() < 4e-3 * other.norm()
 
 
 def test_a_transformer_drops_in_training_alone() -> None:

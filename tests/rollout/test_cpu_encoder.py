@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -124,6 +127,25 @@ def test_clips_get_the_ids_of_the_published_checkpoints(golden: Build, name: str
     assert made is not None
     with torch.no_grad():
         assert torch.equal(made.encode(recorded.video), tokenizer.encode(recorded.video))
+
+
+@needs_kernels
+@pytest.mark.usefixtures("however_narrow")
+def test_a_copy_goes_with_the_weights_it_was_made_of(tokenizer_of: Build) -> None:
+    with torch.inference_mode():
+        tokenizer = copy.deepcopy(tokenizer_of())
+    tokenizer.to(memory_format=torch.channels_last)  # no inference tensors any more, and still no count of writes
+    video = clips_for(tokenizer, 1, frames=4, seed=2)
+    made = tiled_tokenizer_for(tokenizer)
+    assert made is not None and tiled_tokenizer_for(tokenizer) is made
+    with torch.no_grad():
+        assert torch.equal(made.encode(video), tokenizer.encode(video))
+    alive = weakref.ref(made)
+    del made
+    assert alive() is not None
+    assert tiled_tokenizer_for(tokenizer.to(torch.bfloat16)) is None
+    gc.collect()
+    assert alive() is None
 
 
 @needs_kernels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ivideogpt import from_pretrained
+from ivideogpt.models import processor
 from ivideogpt.models.autoencoder import ResidualBlock
 from ivideogpt.models.discriminator import PatchDiscriminator
 from ivideogpt.models.tokenizer import CompressiveTokenizer
@@ -41,6 +43,27 @@ def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, lis
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize("has", [False, True])
+def test_bfloat16_is_warned_of_where_it_is_slow(
+    has: bool, machine: str, precision: str, tiny_world_model, data, trainer, monkeypatch
+) -> None:
+    monkeypatch.setattr(processor, "has_bfloat16_products", lambda: has)
+    monkeypatch.setattr(processor.platform, "machine", lambda: machine)
+    model = tiny_world_model(action_dim=3)
+    module = TransformerModule(model.transformer, model.tokenizer, warmup_updates=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(max_steps=1, precision=precision).fit(module, datamodule=data())
+    said = [
+        str(warning.message) for warning in caught if "no instructions for products of bfloat16" in str(warning.message)
+    ]
+    slow = not has and machine == "x86_64" and precision != "32-true"
+    assert len(said) == slow
+    assert all(f"trainer.precision={precision}" in text and "32-true" in text for text in said)
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=needs_gpu)])
@@ -308,7 +331,8 @@ def test_a_frozen_tokenizer_on_a_cpu_encodes_in_float32_by_kernels(tiny_world_mo
     assert (module.tokenize({"video": clip}) == expected).float().mean() > 0.99  # random entries are near each other
     with torch.autocast("cpu", torch.bfloat16):
         module.tokenize({"video": clip})
-    assert encoding == [True, False]
+    FrozenTokenizer(wm.tokenizer, compile=True)(clip)
+    assert encoding == [True, False, True]
     assert list(module.state_dict()) == names
 
 

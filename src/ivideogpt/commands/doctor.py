@@ -138,7 +138,7 @@ def _gpu() -> Finding:
 
 
 def _kernel() -> Finding:
-    """Builds the CPU kernel of rollouts, if that was not done yet."""
+    """Builds the CPU kernels, if that was not done yet."""
     subject = "CPU kernel"
     try:
         from ivideogpt.rollout.cpu import why_unavailable
@@ -146,7 +146,7 @@ def _kernel() -> Finding:
         return Finding(subject, "broken", f"ivideogpt.rollout cannot be imported: {error}")
     reason = why_unavailable()
     if reason is None:
-        return Finding(subject, "ok", "compiled: rollouts on the CPU use it")
+        return Finding(subject, "ok", "compiled: rollouts and frozen tokenizers on the CPU use it")
     return Finding(subject, "note", f"none ({reason}): rollouts on the CPU are several times slower")
 
 

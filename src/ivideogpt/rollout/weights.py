@@ -69,8 +69,10 @@ def weights_key(module: nn.Module) -> tuple[object, ...]:
 
 
 def _version(tensor: Tensor) -> object:
-    if not tensor.is_inference():
+    try:
         return tensor._version, _ends(tensor)
+    except RuntimeError:  # made in inference mode, even where it no longer says so after a change of its strides
+        pass
     with torch.inference_mode():
         values = tensor.double()
         return values.sum().item(), values.square().sum().item()

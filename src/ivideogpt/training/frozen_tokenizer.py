@@ -29,15 +29,15 @@ def check_precision(name: str, value: Precision) -> Precision:
 class FrozenTokenizer:
     """Tokenizes clips without gradients. It is no ``nn.Module``: what it copies is in no checkpoint and never saved.
 
-    In float32 on a CPU clips are encoded by compiled kernels where these are faster (``rollout/cpu/encoder.py``): the
-    ids are the same but where two entries are equally near up to rounding.
+    In float32 on a CPU clips are encoded by compiled kernels where these are faster (``rollout/cpu/encoder.py``) with a
+    copy of the weights as they are: the ids are the same but where two entries are equally near up to rounding.
 
     Args:
         tokenizer: frozen; its weights stay as they are.
-        precision: ``"trainer"`` computes with the weights themselves, under whatever autocast is on; ``"bfloat16"``
+        precision: ``"trainer"`` computes in the weights' own precision, under whatever autocast is on; ``"bfloat16"``
             with a copy of the encoders in bfloat16, which is cast once and not at each use, as autocast does with
             weights of a frozen module. The codebooks and the distances to them stay float32 in both.
-        compile: compiles the encoders (``torch.compile``).
+        compile: compiles the encoders (``torch.compile``), where the kernels do not run them.
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class FrozenTokenizer:
     def __call__(self, video: Tensor) -> Tensor:
         """Tokens (B, L) of ``video`` (B, T, C, H, W) in [0, 1]."""
         if self.precision == "trainer":
-            return self._encode(self._tiled(video) or self._tokenizer, video)
+            tiled = self._tiled(video)
+            return self._encode(self._tokenizer, video) if tiled is None else tiled.encode(video)
         if self._encoders is None or self._encoders.quantize.embedding.weight.device != video.device:
             self._encoders = _bfloat16_encoders(self._tokenizer).to(video.device)
         with torch.autocast(video.device.type, enabled=False):
@@ -66,7 +67,7 @@ class FrozenTokenizer:
 
     def _tiled(self, video: Tensor) -> CompressiveTokenizer | None:
         """What encodes ``video`` faster than the tokenizer; None if nothing does."""
-        if self.compiles or video.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if video.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return None
         return tiled_tokenizer_for(self._tokenizer) if video.dtype == torch.float32 else None
 

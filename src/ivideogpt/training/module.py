@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from ivideogpt.models.processor import has_bfloat16_products
+from ivideogpt.models.processor import has_slow_bfloat16
 from ivideogpt.training.bad_updates import NonFiniteLossError, UpdateJudge
 from ivideogpt.training.optim import Schedule, adamw, scheduler, schedules_of, use_settings
 from ivideogpt.training.sharding import gather, gradient_norm, is_sharded, local, scatter, shard
@@ -132,7 +132,7 @@ class TrainingModule(LightningModule):
         self.train()
         self.update_judge.restart()
         precision = str(self.trainer.precision)
-        if precision.startswith("bf16") and self.device.type == "cpu" and not has_bfloat16_products():
+        if precision.startswith("bf16") and self.device.type == "cpu" and has_slow_bfloat16():
             rank_zero_warn(SLOW_BFLOAT16.format(precision))
 
     def on_train_start(self) -> None:

@@ -65,7 +65,7 @@ def tokenize_clips(
     """Writes the shards of a token set that are missing, and its manifest when none is.
 
     Args:
-        tokenizer: is moved to `device` and put into eval mode.
+        tokenizer: is moved to `device`, put into eval mode and laid out channels-last, as a training has it.
         sources: shard sets.
         out: folder of the token set.
         segment_length: frames of a clip, the context and a goal frame counted.

@@ -80,7 +80,7 @@ class TransformerModule(TrainingModule):
             (:func:`ivideogpt.training.embedding_seeds.seed_embeddings`); a trained one would lose its own.
         activation_checkpointing: computes each block again in the backward pass, for the memory that it saves.
         compile: compiles the blocks, the head and the frozen tokenizer (``torch.compile``): the first update takes
-            minutes.
+            minutes. On a CPU attention with dropout is faster without it.
         tokenizer_precision: of the frozen tokenizer, where batches hold pixels: ``"trainer"`` as the trainer says,
             ``"bfloat16"`` in bfloat16 whatever it says: faster, and as in bf16-mixed some ids are not float32's (4 % of
             the embedded model's for held-out recordings, `benchmarks/results/train-cpu.json`).

@@ -2,7 +2,7 @@
 
 The kernel is a plain C interface without torch's headers, so it compiles in seconds and outlives versions of torch.
 Where there is no compiler, or anything is wrong with what it built, :func:`load_kernel` gives None and
-:func:`why_unavailable` the reason: rollouts then run in torch.
+:func:`why_unavailable` the reason: all then runs in torch.
 
 Environment: ``$CXX`` names the compiler; ``$IVIDEOGPT_CACHE`` the folder for compiled kernels, by default
 ``~/.cache/ivideogpt``; ``IVIDEOGPT_KERNEL=0`` switches the kernel off.

@@ -74,6 +74,7 @@ def tiled_tokenizer_for(tokenizer: CompressiveTokenizer) -> CompressiveTokenizer
     kinds = {(weight.device.type, weight.dtype) for weight in tokenizer.parameters()}
     narrow = min(tokenizer.config.block_channels) < WIDE
     if narrow or kinds != {("cpu", torch.float32)} or why_unavailable() is not None:
+        _tokenizers.forget(tokenizer, lambda _: True)
         return None
     parts = [part for name, part in tokenizer.named_children() if "decoder" not in name]
     return _tokenizers.get(tokenizer, None, lambda: _tile(tokenizer), parts)
@@ -83,7 +84,7 @@ def _tile(tokenizer: CompressiveTokenizer) -> CompressiveTokenizer:
     with torch.inference_mode(False), torch.no_grad():
         made = tokenizer.without_decoders().requires_grad_(False).to(memory_format=torch.channels_last)
         for encoder in (made.encoder, made.cond_encoder):
-            tile_encoder(encoder, made.config.resolution, small_map=0)
+            tile_encoder(encoder, made.config.resolution, small_map=0)  # all but the last convolution, which is small
         return made
 
 
