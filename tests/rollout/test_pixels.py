@@ -118,7 +118,7 @@ def test_frames_of_the_published_checkpoints(golden: Build, name: str) -> None:
     features = decoder.context(context)
     video = torch.cat([features.frames, decoder.decode(dynamics, features)], dim=1)
     with torch.no_grad():
-        close(video, tokenizer.detokenize(tokens).clamp(0, 1))
+        close(video, tokenizer.detokenize(tokens).clamp(0, 1), 5e-5)  # rounding of tiles, by the processor
     close(video, recorded.tensors["reconstruction"].float().clamp(0, 1), 4e-3)  # recorded as float16
     with torch.no_grad():
         assert torch.equal(encode_context(tokenizer, recorded.video[:, : tokenizer.context_length]), context)
