@@ -15,6 +15,7 @@ import ivideogpt
 from ivideogpt import recipes
 from ivideogpt.recipes.batches import clips_of_update, processes
 from ivideogpt.recipes.results import read_record
+from ivideogpt.recipes.trainer import count_processes
 from ivideogpt.training.transformer_module import TransformerModule
 
 EIGHT = ["data.batch_size=null", "data.global_batch_size=8"]
@@ -46,6 +47,12 @@ def test_processes(trainer: dict[str, Any], number: int) -> None:
     assert clips_of_update(stage) is None
     stage["data"]["init_args"] = {"batch_size": 5}
     assert clips_of_update(stage) == 10 * number
+
+
+@pytest.mark.parametrize("trainer", [{}, {"devices": "auto"}, {"devices": 3}, {"devices": "2", "num_nodes": 4}])
+def test_processes_by_the_settings_are_those_of_a_trainer(trainer: dict[str, Any]) -> None:
+    settings = {"accelerator": "cpu", **trainer}
+    assert processes(settings) == count_processes(settings, "stages.transformer")
 
 
 class StopError(Exception):
