@@ -41,6 +41,7 @@ def test_the_default_codec_is_among_them() -> None:
     assert codecs.Encoded(names["before+zstd-3/16"], video).blocks == blocks
 
 
+@pytest.mark.slow
 def test_results_hold_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "codecs.json"
     words = ["codecs.py", "--only", "metaworld", "--seconds", "0.001", "--rounds", "1", "--out", str(out)]

@@ -25,6 +25,7 @@ def check_record(record: dict[str, Any]) -> None:
         assert values["interval"][0] <= values["difference"] <= values["interval"][1]
 
 
+@pytest.mark.slow
 def test_a_model_against_itself(tmp_path: Path) -> None:
     words = [
         "--after",

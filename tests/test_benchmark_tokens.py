@@ -29,6 +29,7 @@ def check_record(record: dict[str, Any]) -> None:
     assert record["bytes"]["per_clip"] < record["bytes"]["per_clip_raw_pixels"] / 10
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     words = ["--updates", "1", "--repeats", "1", "--segment-length", "4", "--batch-size", "2", "--out", str(out)]

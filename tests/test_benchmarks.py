@@ -290,6 +290,7 @@ def check_decoding(record: dict[str, Any]) -> None:
         assert result["options"]["diagonals (approximate)"]["passes_per_frame"] == 7
 
 
+@pytest.mark.slow
 def test_decoding(tmp_path: Path) -> None:
     out = tmp_path / "decoding.json"
     assert (
