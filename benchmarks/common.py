@@ -184,7 +184,7 @@ def _sum_in_threads(buffer: Tensor) -> None:
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = None, repeats: int = 5) -> float:
     """Floating-point operations a second of a square linear layer in ``dtype``, the best of ``repeats``.
 
-    Two plain matrices are another thing: on a CPU without instructions for bfloat16 they take ten times as long.
+    Two plain matrices are another thing: on a CPU without instructions for bfloat16 they take much longer.
     """
     size = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

@@ -26,7 +26,7 @@ from ivideogpt.models.dropout import dropped_attention
 from ivideogpt.models.processor import has_slow_bfloat16
 from ivideogpt.models.tokenizer import CompressiveTokenizer
 from ivideogpt.rollout.cpu.encoder import tiled_tokenizer_for
-from ivideogpt.training import TokenizerModule, TransformerModule
+from ivideogpt.training import TokenizerModule, TransformerModule, frozen_tokenizer
 from ivideogpt.training.optim import adamw
 
 LEARNING_RATE = 1e-4
@@ -186,6 +186,10 @@ def _torchs_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor
     )
 
 
+def _no_tokenizer(tokenizer: CompressiveTokenizer) -> None:
+    return None
+
+
 class TransformerSide(_Trained):
     """A transformer on the tokens of a frozen tokenizer."""
 
@@ -201,8 +205,6 @@ class TransformerSide(_Trained):
             }
             module = TransformerModule(wm.transformer, wm.tokenizer, **options)
             module.train()
-            if not measures.kernels:
-                module._encode._tiled = lambda video: None  # type: ignore[method-assign]
             trained: nn.Module = wm.transformer
             self.run = lambda: module.losses(module.predict_clip(self.batch), self.batch)["loss"]
         else:
@@ -225,8 +227,9 @@ class TransformerSide(_Trained):
 
     def start(self) -> None:
         set_format(self.wm.tokenizer, self.measures.channels_last)
-        blocks.dropped_attention = dropped_attention if self.measures.masks else _torchs_attention
         measures = self.measures
+        blocks.dropped_attention = dropped_attention if measures.masks else _torchs_attention
+        frozen_tokenizer.tiled_tokenizer_for = tiled_tokenizer_for if measures.kernels else _no_tokenizer
         if measures.kernels and not (measures.tokens or measures.bfloat16 or measures.tokenizer_bfloat16):
             tiled_tokenizer_for(self.wm.tokenizer)  # transforms the weights, once a training
         self.wm.transformer.compiles = self.measures.compile
@@ -237,6 +240,7 @@ class TransformerSide(_Trained):
     def stop(self) -> None:
         super().stop()
         blocks.dropped_attention = dropped_attention
+        frozen_tokenizer.tiled_tokenizer_for = tiled_tokenizer_for
 
 
 class TokenizerSide(_Trained):

@@ -276,6 +276,24 @@ def test_committed_result(path: Path) -> None:
     assert str(ROOT) not in path.read_text()  # of nobody's concern
 
 
+def test_the_page_says_what_a_cpu_with_avx2_did() -> None:
+    record = json.loads((RESULTS / "rollout-cpu-avx2.json").read_text())
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    rows = page.partition("`results/rollout-cpu-avx2.json`")[2].partition("**What was tried")[0].splitlines()
+    names = {"interactive": "interactive", "decode_step": "decode steps", "nano interactive": "nano, interactive"}
+    assert {case["case"] for case in record["cases"]} == names.keys()
+    for case in record["cases"]:
+        row = next(row for row in rows if row.startswith(f"| {names[case['case']]} |"))
+        for side in case["sides"].values():
+            assert f" {1e3 * side['stats']['median']:.0f} ms" in row
+        best = case["sides"]["ours:auto"]
+        assert f"| {100 * best['bandwidth_share']:.0f} % |" in row
+        for ratio in case["ratios"]["ours:auto"].values():
+            assert ratio is None or f"{ratio:.1f}x" in row
+        (target,) = case["targets"]
+        assert f"{target['text'].split(' original')[0]}: {'reached' if target['reached'] else 'not reached'}" in row
+
+
 def check_decoding(record: dict[str, Any]) -> None:
     assert record["benchmark"] == "decoding" and record["versions"]["commit"]
     assert {report["precision"] for report in record["precisions"]} >= {"float32", "bfloat16"}

@@ -107,6 +107,7 @@ def test_frames_without_a_compiler(tokenizer_of: Build, fields: dict[str, Any], 
 
 
 @pytest.mark.parametrize("name", ["oxe-64-act-free", "bair-64-act-cond"])
+@torch.no_grad()
 def test_frames_of_the_published_checkpoints(golden: Build, name: str) -> None:
     from ivideogpt import from_pretrained
 
@@ -117,11 +118,9 @@ def test_frames_of_the_published_checkpoints(golden: Build, name: str) -> None:
     decoder = PixelDecoder(tokenizer)
     features = decoder.context(context)
     video = torch.cat([features.frames, decoder.decode(dynamics, features)], dim=1)
-    with torch.no_grad():
-        close(video, tokenizer.detokenize(tokens).clamp(0, 1), 5e-5)  # rounding of tiles, by the processor
     close(video, recorded.tensors["reconstruction"].float().clamp(0, 1), 4e-3)  # recorded as float16
-    with torch.no_grad():
-        assert torch.equal(encode_context(tokenizer, recorded.video[:, : tokenizer.context_length]), context)
+    assert torch.equal(encode_context(tokenizer, recorded.video[:, : tokenizer.context_length]), context)
+    close(video, tokenizer.double().detokenize(tokens).clamp(0, 1))  # float32 is as far from it by torch as by ours
 
 
 def test_samples_share_their_clips_context_and_the_last_frame_is_one_frame(tokenizer_of: Build) -> None:

@@ -1,4 +1,4 @@
-"""Causal attention with dropout on a CPU, where torch draws a mask number by number, longer than it multiplies.
+"""Causal attention with dropout on a CPU, where torch draws the mask number by number, of scores that none may see too.
 
 B batch, H heads, L tokens, d head width.
 """

@@ -181,8 +181,7 @@ class CompressiveTokenizer(nn.Module):
     def without_decoders(self) -> CompressiveTokenizer:
         """A copy in eval mode that encodes and does nothing else."""
         parts = copy.copy(self)
-        parts._modules = dict(self._modules)
-        parts.decoder = parts.cond_decoder = nn.Identity()  # type: ignore[assignment]
+        parts._modules = {name: part for name, part in self._modules.items() if not name.endswith("decoder")}
         return copy.deepcopy(parts).eval()
 
     def decode_context(self, context_indices: Tensor) -> tuple[Tensor, Features]:
